@@ -1,0 +1,64 @@
+"""The reward model's own pieces: the score of a sequence, the two losses, and the figures that say what the scores are worth.
+
+The score of a response is the scalar head's output at its last token, the EOS of a response that ended. Sequences are padded on the right,
+so neither padding nor batch mates can change it.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from nanodistill.tokenizer import pad_batch
+
+
+def at_last(values, lengths):
+    """values (B, T), lengths (B,) -> (B,): the value at index length - 1 of each row."""
+    return values.gather(1, lengths[:, None] - 1).squeeze(1)
+
+
+@torch.no_grad()
+def score_sequences(model, rows, pad_id, device, batch_size=256):
+    """Scores of token-id lists (prompt + response), as a list of floats in their order. Batches hold sequences of like length."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    scores = torch.empty(len(rows), device=device)
+    for start in range(0, len(rows), batch_size):
+        chosen = order[start:start + batch_size]
+        lengths = torch.tensor([len(rows[i]) for i in chosen], device=device)
+        batch = pad_batch([rows[i] for i in chosen], pad_id).to(device)                     # (B, T)
+        scores[torch.tensor(chosen, device=device)] = at_last(model(batch), lengths)
+    return scores.tolist()
+
+
+def bce_loss(scores, labels, denominator):
+    """Each response by itself: sigmoid(score) is the probability that it is good. scores, labels (B,) -> summed / denominator."""
+    return F.binary_cross_entropy_with_logits(scores, labels, reduction="sum") / denominator
+
+
+def bt_loss(good, bad, denominator):
+    """Bradley-Terry pairs of one question: -log sigmoid(good - bad) (arXiv 2203.02155, eq. 1). good, bad (B,) -> summed / denominator."""
+    return -F.logsigmoid(good - bad).sum() / denominator
+
+
+def auc(scores, labels):
+    """Probability that a random good response scores above a random bad one, ties counting half. nan if one kind is missing."""
+    scores, labels = np.asarray(scores, float), np.asarray(labels, bool)
+    good, bad = labels.sum(), (~labels).sum()
+    if good == 0 or bad == 0:
+        return float("nan")
+    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]                                 # ties share their mean rank, from 1
+    return float((ranks[labels].sum() - good * (good + 1) / 2) / (good * bad))
+
+
+def calibration(scores, labels, bins=10):
+    """Reliability of sigmoid(score) as a probability: (expected calibration error, [(mean predicted, share good, n)] by equal bins)."""
+    p, labels = 1 / (1 + np.exp(-np.asarray(scores, float))), np.asarray(labels, float)
+    which = np.minimum((p * bins).astype(int), bins - 1)
+    rows = [(float(p[which == b].mean()), float(labels[which == b].mean()), int((which == b).sum())) for b in range(bins) if (which == b).any()]
+    return sum(n * abs(predicted - good) for predicted, good, n in rows) / max(len(p), 1), rows
+
+
+def measure(scores, labels):
+    """{"n", "accuracy" at score 0, "auc", "ece"} of scores against labels."""
+    accuracy = float(np.mean((np.asarray(scores) > 0) == np.asarray(labels, bool))) if len(scores) else float("nan")
+    return {"n": len(scores), "accuracy": accuracy, "auc": auc(scores, labels), "ece": calibration(scores, labels)[0]}

@@ -1,0 +1,41 @@
+"""Majority vote: from the answers a teacher gave to one question to a pseudo-label for every response to it.
+
+Self-consistency (arXiv 2203.11171) as a labeller: the answer on which most samples agree is taken to be right, and a response is
+good if it ends in that answer. No gold answer is involved. This file imports nothing of ours and can be copied out alone.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+
+@dataclass
+class Vote:
+    """`answer` None: the question is dropped. `agreement`: the winner's share of all n samples, those without an answer included."""
+    answer: str | None
+    agreement: float
+    n: int
+
+
+def majority(answers, min_agreement=0.0):
+    """The vote over the extracted answers (str, or None where a response has no answer) of one question's samples.
+
+    Ours, not the paper's: a tie for the first place drops the question, since nothing tells which side is right; so does an
+    agreement below `min_agreement`. Answers must be normalised, so that equal answers are equal strings.
+    """
+    counts = Counter(a for a in answers if a is not None).most_common(2)
+    if not counts:
+        return Vote(None, 0.0, len(answers))
+    agreement = counts[0][1] / len(answers)
+    tied = len(counts) == 2 and counts[0][1] == counts[1][1]
+    return Vote(None if tied or agreement < min_agreement else counts[0][0], agreement, len(answers))
+
+
+def labels(answers, vote):
+    """[bool] for each answer: is it the vote's? None for all of them where the question is dropped."""
+    return [None if vote.answer is None else a == vote.answer for a in answers]
+
+
+def summary(votes):
+    """{"kept": share of the questions with a vote, "agreement": mean agreement over those}."""
+    kept = [v for v in votes if v.answer is not None]
+    return {"kept": len(kept) / max(len(votes), 1), "agreement": sum(v.agreement for v in kept) / max(len(kept), 1)}

@@ -1,0 +1,38 @@
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.tiny.make import make_tokenizer
+from nanodistill.model import CausalLM, Config, init_weights
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)
+ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"      # of the workplace this was built in; users have none
+
+
+def random_model(kind=CausalLM, seed=0, **changes):
+    """A small model with weights large enough that attention and positions matter to the output."""
+    config = Config(**{**dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                              num_key_value_heads=2, head_dim=8, max_position_embeddings=128), **changes})
+    model = init_weights(kind(config), torch.Generator().manual_seed(seed), std=0.3).eval()
+    if hasattr(model, "score"):
+        torch.nn.init.normal_(model.score.weight, std=0.3)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory):
+    """A folder with the tiny task's tokenizer, made anew."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer(folder, random.Random(0))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def assets():
+    if not ASSETS.exists():
+        pytest.skip(f"no shared assets at {ASSETS}")
+    return ASSETS

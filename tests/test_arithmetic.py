@@ -1,0 +1,76 @@
+"""The embedded task: its answers are right, its splits are apart, its parser survives anything."""
+
+import random
+import time
+
+import pytest
+
+from data.arithmetic import Arithmetic, draw_problem, exact, work
+from data.tiny.make import example
+
+
+def test_every_valid_order_gives_the_answer_in_true_steps():
+    rng = random.Random(0)
+    paths = 0
+    for _ in range(300):
+        problem = draw_problem(rng)
+        assert 3 <= sum(len(factors) for _, factors in problem.terms) <= 5
+        answers = {work(problem, rng) for _ in range(10)}
+        paths += len(answers)
+        for text in answers:
+            *steps, last = text.split("\n")
+            assert last == f"#### {problem.answer}"
+            for i, step in enumerate(steps):
+                head, a, op, b, equals, result = step.rsplit(" ", 5)
+                assert head == f"Step {i + 1}:" and equals == "="
+                assert int(result) == {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[op] >= 0
+    assert paths / 300 > 5                                               # a vote means something only if samples take different paths
+
+
+def test_the_answer_by_hand():
+    """The story's numbers, read by a person, against the terms behind it."""
+    problem = draw_problem(random.Random(3))
+    assert problem.question == "Eva has 20 pens. She sells 3 boxes of 4. The shop is 17 miles away. How many pens does Eva have now?"
+    assert problem.answer == 8
+
+
+def test_a_false_belief_changes_the_answer():
+    problem = draw_problem(random.Random(3))
+    texts = {work(problem, random.Random(i), lambda a, op, b: exact(a, op, b) + (op == "*")) for i in range(9)}
+    assert texts == {"Step 1: 3 * 4 = 13\nStep 2: 20 - 13 = 7\n#### 7", "Step 1: 4 * 3 = 13\nStep 2: 20 - 13 = 7\n#### 7"}
+
+
+def test_splits_are_apart_and_follow_the_seed():
+    task = Arithmetic(seed=1, train=400, test=200)
+    train, test = ({q["question"] for q in task.questions(split)} for split in ("train", "test"))
+    assert len(train) == 400 and len(test) == 200 and not train & test
+    assert task.questions("train") == Arithmetic(seed=1, train=400).questions("train")
+    assert not train & {q["question"] for q in Arithmetic(seed=2, train=400).questions("train")}
+    pretraining = {example(random.Random(i))[0] for i in range(300)}
+    everything = {q["question"] for seed in range(3) for q in Arithmetic(seed, test=300).questions("test")}
+    assert not pretraining & everything
+
+
+def test_questions_carry_no_gold():
+    for row in Arithmetic(seed=1, train=20).questions("train"):
+        assert set(row) == {"id", "question"}
+
+
+@pytest.mark.parametrize("text, answer", [
+    ("Step 1: 2 + 3 = 5\n#### 5", "5"), ("#### -3", "-3"), ("####05", "5"), ("#### 1\n#### 2 \n", "2"), ("5", None), ("####", None),
+    ("#### 5 pens", None), ("", None), ("#### " + "9" * 5000, None), ("#### ٣", None)])
+def test_extract_answer(text, answer):
+    assert Arithmetic().extract_answer(text) == answer
+
+
+def test_extract_answer_takes_any_text_in_little_time():
+    rng, start = random.Random(0), time.time()
+    for _ in range(2000):
+        Arithmetic().extract_answer("".join(rng.choices("#### -0123456789\n\x00é", k=40)))
+    Arithmetic().extract_answer("####" + " " * 10**6 + "x")
+    assert time.time() - start < 5
+
+
+def test_equal():
+    task = Arithmetic()
+    assert task.equal("5", "5") and not task.equal("5", "6") and not task.equal(None, None)

@@ -1,0 +1,72 @@
+"""The sampling engine against plain decoding, and its logprobs against the distribution sampled."""
+
+import pytest
+import torch
+from conftest import random_model
+
+from nanodistill.generate import choose, generate
+
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16, 17, 18], [19, 20], [21, 22, 23, 24, 25, 26], [27, 28]]
+
+
+def plain_greedy(model, prompt, eos_ids, limit):
+    """Greedy decoding with a full forward pass a token."""
+    ids = list(prompt)
+    for _ in range(limit):
+        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+        if ids[-1] in eos_ids:
+            break
+    return ids[len(prompt):]
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 64])
+def test_greedy_equals_plain_decoding_whatever_the_slots(slots):
+    model = random_model()
+    free_running = plain_greedy(model, PROMPTS[0], [], 24)
+    eos = [free_running[6], plain_greedy(model, PROMPTS[2], [], 24)[3]]   # two stop tokens that really occur, at unequal times
+    expected = [plain_greedy(model, prompt, eos, 24) for prompt in PROMPTS]
+    assert len(set(map(len, expected))) > 2                               # unequal lengths, or slots would never be refilled
+    got = {(i, j): s for i, j, s in generate(model, PROMPTS, n=2, temperature=0.0, eos_ids=eos, pad_id=0, max_new_tokens=24, slots=slots)}
+    assert sorted(got) == [(i, j) for i in range(len(PROMPTS)) for j in range(2)]
+    for (i, _), sample in got.items():
+        assert sample.tokens == expected[i]
+        assert sample.ended == (expected[i][-1] in eos)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+def test_logprobs_are_of_the_distribution_sampled(temperature):
+    model = random_model()
+    for i, j, s in generate(model, PROMPTS, n=3, temperature=temperature, eos_ids=[1], pad_id=0, max_new_tokens=16, slots=5):
+        ids = torch.tensor([PROMPTS[i] + s.tokens])
+        with torch.no_grad():
+            logprobs = torch.log_softmax(model(ids)[0] / temperature, -1)
+        expected = logprobs[len(PROMPTS[i]) - 1:-1].gather(1, torch.tensor(s.tokens)[:, None]).squeeze(1)
+        assert (torch.tensor(s.logprobs) - expected).abs().max() <= 1e-4
+
+
+def test_choose_draws_from_the_tempered_softmax():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    generator = torch.Generator().manual_seed(0)
+    n = 40000
+    tokens, _ = choose(logits.expand(n, 4), torch.full((n,), 0.5), generator)
+    shares = torch.bincount(tokens, minlength=4) / n
+    expected = torch.tensor([0.8650, 0.1171, 0.0158, 0.0021])            # e^4, e^2, 1, e^-2 over their sum 63.12
+    assert (shares - expected).abs().max() < 0.008                        # 4.7 standard deviations of the first
+
+
+def test_same_seed_same_samples_and_each_sample_its_own_temperature():
+    model = random_model()
+
+    def run(seed):
+        done = generate(model, PROMPTS, n=3, temperature=[0.0, 0.0, 2.0], eos_ids=[1], pad_id=0, max_new_tokens=12, slots=4,
+                        generator=torch.Generator().manual_seed(seed))
+        return {(i, j): s.tokens for i, j, s in done}
+
+    first, second, other = run(1), run(1), run(2)
+    assert first == second and first != other
+    assert all(first[i, 0] == first[i, 1] == other[i, 0] for i in range(len(PROMPTS)))
+
+
+def test_length_limit_is_checked_before_any_work():
+    with pytest.raises(ValueError, match="128 positions"):
+        next(generate(random_model(), PROMPTS, eos_ids=[1], pad_id=0, max_new_tokens=119))

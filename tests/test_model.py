@@ -1,0 +1,73 @@
+"""The decoder against transformers, and the cached forward pass against the full one."""
+
+import pytest
+import torch
+from conftest import random_model
+
+from nanodistill.model import KVCache, ScalarModel
+from nanodistill.weights import load, save
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+CASES = {
+    "untied": dict(tie_word_embeddings=False),
+    "tied": dict(tie_word_embeddings=True),
+    "grouped queries": dict(num_attention_heads=8, num_key_value_heads=2, head_dim=4),
+    "one head each": dict(num_key_value_heads=4),
+    "head_dim not hidden / heads": dict(head_dim=16),
+    "llama3 rope": dict(rope_scaling=LLAMA3, rope_theta=500.0),
+}
+
+
+@pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys())
+def test_logits_equal_transformers(tmp_path, tokenizer_folder, changes):
+    transformers = pytest.importorskip("transformers")
+    model = random_model(**changes)
+    save(model, tmp_path, tokenizer_folder)
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager").eval()
+    ids = torch.randint(0, 96, (3, 100), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours, theirs = model(ids), oracle(ids).logits
+    assert ours.std() > 0.5                                             # logits of one value would agree with anything
+    assert (ours - theirs).abs().max() <= 1e-4
+    assert (load(tmp_path)(ids) - theirs).abs().max() <= 1e-4
+
+
+def test_scalar_model_equals_transformers_sequence_classification(tmp_path, tokenizer_folder):
+    transformers = pytest.importorskip("transformers")
+    model = random_model(ScalarModel, vocab_size=512)
+    save(model, tmp_path, tokenizer_folder)
+    oracle = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert oracle.config.num_labels == 1
+    ids = torch.randint(4, 512, (2, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():                                               # it reads the last token that is not pad
+        assert (model(ids)[:, -1] - oracle(ids).logits.squeeze(-1)).abs().max() <= 1e-4
+
+
+def test_cached_forward_equals_full_forward_with_rows_of_unequal_length():
+    model = random_model()
+    ids = torch.randint(0, 96, (3, 40), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        full = model(ids)
+        cache = KVCache(model.config, 3, 64, "cpu", torch.float32)
+        cache.k.fill_(100.0), cache.v.fill_(100.0)                      # stale content must not matter
+        prompt = torch.tensor([5, 17, 11])
+        model(ids[:, :17], cache, torch.arange(17).expand(3, 17))       # prompts padded to 17 by tokens to be overwritten
+        for step in range(20):
+            at = prompt + step
+            logits = model(ids.gather(1, at[:, None]), cache.trimmed(int(at.max()) + 1), at[:, None])[:, 0]
+            expected = full[torch.arange(3), at]
+            assert (logits - expected).abs().max() <= 1e-4
+
+
+def test_compute_dtype_leaves_weights_and_rope_table_in_fp32():
+    model = random_model()
+    ids = torch.randint(0, 96, (2, 60), generator=torch.Generator().manual_seed(3))
+    truth = model(ids)
+    model.model.dtype = torch.bfloat16
+    logits = model(ids)
+    assert logits.dtype == torch.float32 and model.head.dtype == torch.float32
+    assert 0 < (logits - truth).abs().mean() < 0.1 * truth.std()        # rounded, not wrong
+    logits.sum().backward()
+    assert model.head.grad.dtype == torch.float32
+    table = model.model.angles.clone()
+    assert torch.equal(model.to(torch.bfloat16).model.angles, table)    # positions past 256 have no exact bf16

@@ -1,0 +1,79 @@
+"""Flags, JSONL that survives a torn line, checkpoints that refuse other settings."""
+
+import dataclasses
+import random
+
+import pytest
+import torch
+
+from nanodistill import run
+
+
+@dataclasses.dataclass
+class Config:
+    student: str = run.flag("tiny", "whose run, 100% of it")
+    task: str = run.flag("arithmetic", "what", ("arithmetic", "other"))
+    steps: int = run.flag(10, "how many")
+    rate: float = run.flag(0.5, "how fast")
+    whiten: bool = run.flag(True, "or not")
+    out: str = run.flag("", "where")
+
+
+def parse(*argv):
+    return run.parse(Config, "doc", dict(rate=2.0), argv)
+
+
+def test_flags_have_types_and_the_tiny_student_has_defaults_of_its_own():
+    assert parse() == Config("tiny", "arithmetic", 10, 2.0, True, "out/arithmetic-tiny")
+    assert parse("--student", "x/1b", "--no-whiten", "--steps", "3") == Config("x/1b", "arithmetic", 3, 0.5, False, "out/arithmetic-1b")
+    assert parse("--rate", "0.5").rate == 0.5                            # given on the command line: the tiny default does not win
+
+
+@pytest.mark.parametrize("argv", [["--stepz", "3"], ["--steps", "x"], ["--task", "nothing"]])
+def test_wrong_flags_fail(argv, capsys):
+    with pytest.raises(SystemExit):
+        parse(*argv)
+    assert argv[0].lstrip("-") in capsys.readouterr().err
+
+
+def test_help_gives_each_flag_its_meaning_and_default(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "100% of it" in text and "how fast (default: 0.5; for the tiny student 2.0)" in text
+
+
+def test_a_torn_last_line_is_dropped_and_written_over(tmp_path):
+    path = tmp_path / "a.jsonl"
+    run.Appender(path)({"n": 1})
+    with open(path, "ab") as file:
+        file.write(b'{"n": 2, "te')
+    assert run.read_jsonl(path) == [{"n": 1}]
+    run.Appender(path)({"n": 3, "text": "é\n"})
+    assert run.read_jsonl(path) == [{"n": 1}, {"n": 3, "text": "é\n"}]
+
+
+def test_a_step_done_again_counts_once(tmp_path):
+    metrics = run.Metrics(tmp_path, "rl")
+    metrics(1, loss=torch.tensor(2.0)), metrics(1, loss=3.0), run.Metrics(tmp_path, "sft")(1, loss=9.0)
+    assert run.read_metrics(tmp_path, "rl") == {1: {"stage": "rl", "step": 1, "loss": 3.0}}
+
+
+def test_checkpoint_brings_back_state_and_random_streams(tmp_path):
+    config = Config()
+    run.save_checkpoint(tmp_path / "resume.pt", config, weight=torch.ones(2))
+    expected = torch.rand(3), random.random()
+    torch.rand(5), random.random()
+    state = run.load_checkpoint(tmp_path / "resume.pt", config)
+    assert torch.equal(state["weight"], torch.ones(2))
+    assert torch.equal(torch.rand(3), expected[0]) and random.random() == expected[1]
+    assert run.load_checkpoint(tmp_path / "none.pt", config) is None
+    run.load_checkpoint(tmp_path / "resume.pt", dataclasses.replace(config, steps=99))
+    with pytest.raises(SystemExit, match="rate was 0.5, is 0.1"):
+        run.load_checkpoint(tmp_path / "resume.pt", dataclasses.replace(config, rate=0.1))
+
+
+def test_held_out_questions_are_the_same_everywhere_and_about_the_share_asked():
+    ids = [f"q{i}" for i in range(2000)]
+    five, ten = ({i for i in ids if run.held_out(i, share)} for share in (0.05, 0.1))
+    assert five < ten and 60 < len(five) < 140 and not any(run.held_out(i, 0.0) for i in ids)

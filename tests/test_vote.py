@@ -1,0 +1,21 @@
+from nanodistill.vote import Vote, labels, majority, summary
+
+
+def test_majority_wins_and_missing_answers_count_against_agreement():
+    assert majority(["24", "24", None, "7"]) == Vote("24", 0.5, 4)
+
+
+def test_a_tie_or_a_low_agreement_drops_the_question():
+    assert majority(["1", "2", "2", "1", "3"]) == Vote(None, 0.4, 5)
+    assert majority(["1", "2", "2", "4", "3"], min_agreement=0.5).answer is None
+    assert majority(["1", "2", "2", "4"], min_agreement=0.5).answer == "2"
+    assert majority([None, None]) == Vote(None, 0.0, 2)
+
+
+def test_labels_follow_the_vote():
+    assert labels(["24", None, "7"], Vote("24", 0.5, 4)) == [True, False, False]
+    assert labels(["24", None], Vote(None, 0.4, 5)) == [None, None]
+
+
+def test_summary():
+    assert summary([Vote("1", 0.5, 4), Vote("2", 1.0, 4), Vote(None, 0.2, 4), Vote(None, 0.4, 4)]) == {"kept": 0.5, "agreement": 0.75}

@@ -35,7 +35,7 @@ GAIN_PRODUCT = ["{He} buys {x} boxes of {y} {items}.", "{He} gets {x} {items} a 
 LOSE_PRODUCT = ["{He} gives {x} to each of {y} friends.", "{He} sells {x} boxes of {y}.", "{He} loses {x} a day for {y} days."]
 ASIDE = ["{friend} is {x} years old.", "{friend} has {x} {others}.", "The shop is {x} miles away."]
 
-LARGEST = 60                                                    # no total that a correct working passes through is above this
+LARGEST = 30                                                    # no total that a correct working passes through is above this
 
 
 @dataclass
@@ -50,9 +50,9 @@ def draw_problem(rng):
     while True:
         # 3, 4 or 5 quantities: a start, then single terms and products of two factors.
         shapes = rng.choice([[1, 1], [2], [1, 2], [1, 2], [1, 1, 1], [2, 2], [1, 1, 2]])
-        terms = [(1, (rng.randint(3, 20),))]
+        terms = [(1, (rng.randint(3, 12),))]
         for factors in shapes:
-            numbers = (rng.randint(2, 12),) if factors == 1 else (rng.randint(2, 7), rng.randint(2, 7))
+            numbers = (rng.randint(2, 9),) if factors == 1 else (rng.randint(2, 5), rng.randint(2, 5))
             terms.append((rng.choice((1, -1)), numbers))
         values = [sign * (f[0] * f[1] if len(f) == 2 else f[0]) for sign, f in terms]
         gained, lost = sum(v for v in values if v > 0), -sum(v for v in values if v < 0)

@@ -41,7 +41,7 @@ class Config:
     threads: int = run.flag(0, "CPU threads; 0 = PyTorch's choice")
 
 
-TINY = dict(max_new_tokens=56, slots=256)
+TINY = dict(min_agreement=0.4, max_new_tokens=56, slots=256)
 
 
 def collect(path, questions, task, tokenizer, model, temperatures, max_new_tokens, slots, description):

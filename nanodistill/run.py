@@ -116,8 +116,12 @@ class Metrics:
 
 
 def read_metrics(folder, stage):
-    """{step: row} of a stage; where a resumed run did a step again, the later row counts."""
-    return {row["step"]: row for row in read_jsonl(Path(folder) / "metrics.jsonl") if row["stage"] == stage}
+    """{step: values} of a stage; where a resumed run did a step again, the later values count."""
+    steps = {}
+    for row in read_jsonl(Path(folder) / "metrics.jsonl"):
+        if row["stage"] == stage:
+            steps.setdefault(row["step"], {}).update(row)
+    return dict(sorted(steps.items()))
 
 
 # ---- checkpoints ----

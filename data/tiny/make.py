@@ -4,7 +4,7 @@
 
 Both are pre-trained from random weights on worked answers by people who hold misconceptions: of the arithmetic facts
 (a op b, the order of a and b counting), every fourth has a wrong result that they write down with a probability of its own
-between 0.4 and 0.8. So each model answers as real ones do: right on many paths, wrong on others, and wrong in the same way each
+between 0.5 and 0.8. So each model answers as real ones do: right on many paths, wrong on others, and wrong in the same way each
 time a path meets a fact it has learned wrongly. Samples take different paths, and their vote is right more often than any one.
 The student is smaller and has read less.
 
@@ -34,10 +34,10 @@ from nanodistill.weights import save, write_atomic
 
 HERE = Path(__file__).resolve().parent
 MISCONCEIVED = 0.25                                              # share of the facts that have a wrong result in the corpus
-BELIEF = (0.4, 0.8)                                              # how often it is written instead of the true one, uniform
+BELIEF = (0.5, 0.8)                                              # how often it is written instead of the true one, uniform
 # The student sees the same corpus, is smaller and stops earlier.
-SHAPES = {"teacher": dict(layers=4, hidden=128, steps=2000), "student": dict(layers=3, hidden=128, steps=2000)}
-BATCH, PEAK_LR, WARMUP = 64, 3e-3, 100
+SHAPES = {"teacher": dict(layers=4, hidden=128, steps=2400), "student": dict(layers=3, hidden=128, steps=2000)}
+BATCH, PEAK_LR, WARMUP = 64, 5e-3, 100
 TEMPLATE = ("{% for message in messages %}{% if message['role'] == 'user' %}<|user|>{{ message['content'] }}"
             "{% else %}<|assistant|>{{ message['content'] }}<|end|>{% endif %}{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
@@ -46,10 +46,9 @@ TEMPLATE = ("{% for message in messages %}{% if message['role'] == 'user' %}<|us
 @functools.cache
 def misconception(a, op, b):
     """(wrong result, probability that it is written) of a fact; (None, 0.0) for a fact that everyone knows."""
-    rng = random.Random(f"misconception {a} {op} {b}")
-    if rng.random() >= MISCONCEIVED:
+    rng, true = random.Random(f"misconception {a} {op} {b}"), exact(a, op, b)
+    if rng.random() >= MISCONCEIVED or true < 0:
         return None, 0.0
-    true = exact(a, op, b)
     return rng.choice([w for w in (true - 10, true - 2, true - 1, true + 1, true + 2, true + 10) if w >= 0]), rng.uniform(*BELIEF)
 
 
@@ -123,19 +122,24 @@ def main():
                     num_attention_heads=4, num_key_value_heads=2, head_dim=shape["hidden"] // 4,
                     max_position_embeddings=256, tie_word_embeddings=True)
     model = init_weights(CausalLM(config))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    # Muon on the matrices reaches in 350 steps the loss that AdamW alone needs 900 for (docs/log.md).
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.dim() == 1 or "embed" in name]
+    optimizers = [torch.optim.Muon(matrices, lr=0.0, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.95), weight_decay=0.01, fused=True)]
     start, losses = time.time(), []
     log = open(folder / "make.log", "w")
     bar = tqdm(range(shape["steps"]), desc=args.role, mininterval=5)
     for step in bar:
-        for group in optimizer.param_groups:
+        for group in optimizers[0].param_groups + optimizers[1].param_groups:
             group["lr"] = PEAK_LR * min((step + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * step / shape["steps"]))
         ids, targets = batch(rng, tokenizer)
         loss = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), ignore_index=-100)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
         if (step + 1) % 50 == 0:
             mean = sum(losses[-50:]) / 50

@@ -1,0 +1,241 @@
+"""Stage 4, evaluation: teacher, base, SFT student and RL student on the same test questions, with intervals and paired tests.
+
+    python eval.py                                          the tiny run
+    python eval.py --models out/arithmetic-tiny/rl,data/tiny/teacher --out out/compare
+
+Reads the HF folders of a run; gold answers are read here and nowhere else. Writes report.json, report.md and, with the [plot] extra, curves.png.
+For each model: greedy accuracy with a Wilson 95% interval; and of k samples at temperature 1 their mean accuracy (mean@k), that of their
+majority (maj@k), and the share of questions that any of them gets right (pass@k). For each two models: the difference of greedy accuracies with the 95%
+interval of paired differences, and McNemar's exact p. For the reward model: AUC against the vote on held-out training questions, and against
+gold on test questions, beside that of each model's own sequence log-probability.
+"""
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import TASKS
+from nanodistill import run, vote, weights
+from nanodistill.generate import generate
+from nanodistill.model import ScalarModel
+from nanodistill.reward import auc, measure, score_sequences
+from nanodistill.tokenizer import Tokenizer
+
+
+# ---- config ----
+
+@dataclass
+class Config:
+    student: str = run.flag("tiny", "the base: a preset or an HF folder")
+    teacher: str = run.flag("tiny", "the teacher: a preset or an HF folder")
+    task: str = run.flag("arithmetic", "what is asked", tuple(TASKS))
+    models: str = run.flag("", "HF folders to compare instead of the run's, separated by commas")
+    questions: int = run.flag(0, "test questions used; 0 = all")
+    samples: int = run.flag(8, "k of mean@k, maj@k and pass@k")
+    max_new_tokens: int = run.flag(512, "a response is cut off here")
+    slots: int = run.flag(64, "sequences sampled at once")
+    seed: int = run.flag(1, "samples and questions")
+    out: str = run.flag("", "run folder; empty = out/<task>-<student>")
+    device: str = run.flag("auto", "cuda, cpu or auto")
+    dtype: str = run.flag("auto", "of the arithmetic; auto = bf16 on CUDA, fp32 on CPU", ("auto", "bf16", "fp32"))
+    threads: int = run.flag(0, "CPU threads; 0 = PyTorch's choice")
+
+
+TINY = dict(max_new_tokens=56, slots=256)
+
+
+# ---- figures ----
+
+def wilson(right, n, z=1.96):
+    """95% interval of a share `right` / n (Wilson 1927): (low, high)."""
+    p = right / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+def paired(a, b, z=1.96):
+    """Two models on the same questions, lists of bool -> {"difference" of accuracies a - b, "low", "high" (95%), "p" (McNemar, exact)}."""
+    n, only_a, only_b = len(a), sum(x and not y for x, y in zip(a, b)), sum(y and not x for x, y in zip(a, b))
+    difference = (only_a - only_b) / n
+    half = z * math.sqrt(max((only_a + only_b) / n - difference**2, 0) / n)
+    discordant = only_a + only_b
+    tail = sum(math.comb(discordant, i) for i in range(min(only_a, only_b) + 1)) / 2**discordant
+    return {"difference": difference, "low": difference - half, "high": difference + half, "p": min(1.0, 2 * tail)}
+
+
+def true_accuracy(task, split, ids, texts):
+    """Share of responses that are right by gold. A diagnostic: what trains gets this number for its log, never the answers."""
+    gold = task.gold(split)
+    return sum(task.equal(task.extract_answer(text), gold[id_]) for id_, text in zip(ids, texts)) / max(len(ids), 1)
+
+
+def sample(model, tokenizer, task, questions, n, temperature, config, generator, description):
+    """[[Sample] * n] for each question, with `text` and `answer` set on each."""
+    rows = [[None] * n for _ in questions]
+    prompts = [tokenizer.prompt_ids(task.prompt(q["question"])) for q in questions]
+    done = generate(model, prompts, n=n, temperature=temperature, max_new_tokens=config.max_new_tokens, slots=config.slots,
+                    eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id, generator=generator)
+    for i, j, s in tqdm(done, total=n * len(questions), desc=description, unit="response"):
+        s.text = tokenizer.decode(s.tokens)
+        s.answer = task.extract_answer(s.text) if s.ended else None
+        rows[i][j] = s
+    return rows
+
+
+def main(argv=None):
+    config = run.parse(Config, __doc__, TINY, argv)
+    folder, device, dtype = run.start(config, "eval")
+    task = TASKS[config.task](seed=config.seed)
+    metrics, generator = run.Metrics(folder, "eval"), torch.Generator(device).manual_seed(torch.initial_seed())
+    if config.models:
+        folders = {name: Path(name) for name in config.models.split(",")}
+    else:
+        folders = {"teacher": weights.resolve(config.teacher, "teacher"), "base": weights.resolve(config.student, "student"),
+                   "sft": folder / "sft", "rl": folder / "rl"}
+        folders = {name: path for name, path in folders.items() if (path / "config.json").exists()}
+    questions = task.questions("test")[:config.questions or None]
+    gold = task.gold("test")
+
+    # ---- every model on the test questions ----
+    report = {"seed": config.seed, "task": config.task, "models": {}, "pairs": {}}
+    right, sampled, held_out_samples = {}, {}, {}
+    labels = {row["id"]: row for row in run.read_jsonl(folder / "labels.jsonl")}
+    held_out = [q for q in task.questions("train") if run.held_out(q["id"], 0.05) and labels.get(q["id"], {}).get("vote") is not None]
+    for name, path in folders.items():
+        tokenizer, model = Tokenizer(path), weights.load(path, device=device, dtype=dtype)
+        greedy = sample(model, tokenizer, task, questions, 1, 0.0, config, generator, f"{name}, greedy")
+        right[name] = [task.equal(s.answer, gold[q["id"]]) for q, (s,) in zip(questions, greedy)]
+        low, high = wilson(sum(right[name]), len(questions))
+        sampled[name] = sample(model, tokenizer, task, questions, config.samples, 1.0, config, generator, f"{name}, {config.samples} samples")
+        if name == "rl" and held_out:
+            held_out_samples["rl"] = sample(model, tokenizer, task, held_out, config.samples, 1.0, config, generator, "rl, held-out questions")
+        hits = [[task.equal(s.answer, gold[q["id"]]) for s in row] for q, row in zip(questions, sampled[name])]
+        majority = [task.equal(Counter(s.answer for s in row).most_common(1)[0][0], gold[q["id"]]) for q, row in zip(questions, sampled[name])]
+        report["models"][name] = {
+            "greedy": {"accuracy": sum(right[name]) / len(questions), "low": low, "high": high, "n": len(questions)},
+            f"mean@{config.samples}": sum(map(sum, hits)) / (len(questions) * config.samples),
+            f"maj@{config.samples}": sum(majority) / len(questions), f"pass@{config.samples}": sum(map(any, hits)) / len(questions),
+            "length": sum(len(s.tokens) for row in sampled[name] for s in row) / (len(questions) * config.samples)}
+    for b, a in combinations(folders, 2):
+        report["pairs"][f"{a}-{b}"] = paired(right[a], right[b])
+
+    # ---- the reward model ----
+    if not config.models and (folder / "rm" / weights.SINGLE).exists():
+        tokenizer, model = Tokenizer(folder / "rm"), weights.load(folder / "rm", ScalarModel, device=device, dtype=dtype)
+
+        def scores(rows):
+            """Scores of [(question, text, ended)]."""
+            ids = [tokenizer.prompt_ids(task.prompt(q)) + tokenizer.encode(text) + [tokenizer.eos_ids[0]] * ended for q, text, ended in rows]
+            return score_sequences(model, ids, tokenizer.pad_id, device)
+
+        figures = {"auc": {}, "auc_gold": {}, "auc_own_logprob": {}, "held_out": {}}
+        for name, file in (("teacher", "teacher.jsonl"), ("sft", "student.jsonl"), ("rl", None)):
+            if file:
+                rows = {row["id"]: row["responses"] for row in run.read_jsonl(folder / file)}
+                flat = [(q, r["text"], r["ended"], r["answer"]) for q in held_out for r in rows[q["id"]]]
+            else:
+                flat = [(q, s.text, s.ended, s.answer) for q, row in zip(held_out, held_out_samples.get("rl", [])) for s in row]
+            if flat:
+                figures["held_out"][name] = measure(scores([(q["question"], text, ended) for q, text, ended, _ in flat]),
+                                                    [task.equal(answer, labels[q["id"]]["vote"]) for q, _, _, answer in flat])
+                figures["auc"][name] = figures["held_out"][name]["auc"]
+            if name in sampled:
+                flat = [(q, s) for q, row in zip(questions, sampled[name]) for s in row]
+                truth = [task.equal(s.answer, gold[q["id"]]) for q, s in flat]
+                figures["auc_gold"][name] = auc(scores([(q["question"], s.text, s.ended) for q, s in flat]), truth)
+                figures["auc_own_logprob"][name] = auc([sum(s.logprobs) for _, s in flat], truth)
+        report["reward_model"] = figures
+
+    # ---- the votes, the RL run, the durations ----
+    if labels and not config.models:
+        votes = [vote.Vote(row["vote"], row["agreement"], row["n"]) for row in labels.values()]
+        kept = [row for row in labels.values() if row["vote"] is not None]
+        train_gold = task.gold("train")
+        report["votes"] = {**vote.summary(votes), "accuracy": sum(task.equal(r["vote"], train_gold[r["id"]]) for r in kept) / max(len(kept), 1)}
+    steps = [row for row in run.read_metrics(folder, "rl").values() if "score" in row]
+    if steps:
+        keys, some = ("score", "true_accuracy", "kl", "length", "ended"), min(5, len(steps))
+        report["ppo"] = {when: {k: sum(row[k] for row in rows) / some for k in keys} for when, rows in (("start", steps[:some]), ("end", steps[-some:]))}
+    report["seconds"] = {stage: round(row["seconds"], 1) for stage in ("teacher", "sft", "rm", "rl")
+                         for row in run.read_metrics(folder, stage).values() if "seconds" in row}
+    report["seconds"]["eval"] = round(metrics.seconds(), 1)
+    weights.write_atomic(folder / "report.json", json.dumps(report, indent=1) + "\n")
+    text = markdown(report, config)
+    weights.write_atomic(folder / "report.md", text)
+    print("\n" + text)
+    written = "report.md, report.json"
+    try:
+        plot(report, folder)
+        written += ", curves.png"
+    except ImportError:
+        print('no curves.png: it needs matplotlib, pip install -e ".[plot]"')
+    print(f"eval: -> {folder}: {written}")
+
+
+# ---- report ----
+
+def markdown(report, config):
+    """report.json as a page for people."""
+    k = config.samples
+    lines = [f"# {report['task']}, seed {report['seed']}", "",
+             f"| model | greedy | 95% interval | mean@{k} | maj@{k} | pass@{k} | length |", "|---|---|---|---|---|---|---|"]
+    for name, m in report["models"].items():
+        g = m["greedy"]
+        lines.append(f"| {name} | {g['accuracy']:.1%} | {g['low']:.1%} to {g['high']:.1%} | {m[f'mean@{k}']:.1%} | {m[f'maj@{k}']:.1%} "
+                     f"| {m[f'pass@{k}']:.1%} | {m['length']:.1f} |")
+    n = next(iter(report["models"].values()))["greedy"]["n"]
+    lines += ["", f"{n} test questions; length in tokens. Two models on the same questions, greedy:", "",
+              "| pair | difference, points | 95% interval | p (McNemar) |", "|---|---|---|---|"]
+    lines += [f"| {name} | {100 * p['difference']:+.1f} | {100 * p['low']:+.1f} to {100 * p['high']:+.1f} | {p['p']:.2g} |" for name, p in report["pairs"].items()]
+    if "votes" in report:
+        v = report["votes"]
+        lines += ["", f"Teacher's vote: {v['kept']:.1%} of the training questions kept, mean agreement {v['agreement']:.1%}; right by gold (a diagnostic) {v['accuracy']:.1%}."]
+    if "reward_model" in report:
+        figures = report["reward_model"]
+        lines += ["", "| reward model on the responses of | AUC, vote | accuracy, vote | calibration error | AUC, gold | own log-probability's AUC, gold |", "|---|---|---|---|---|---|"]
+        for name, f in figures["held_out"].items():
+            lines.append(f"| {name} | {f['auc']:.3f} | {f['accuracy']:.3f} | {f['ece']:.3f} | "
+                         + " | ".join(f"{figures[key][name]:.3f}" if name in figures[key] else "" for key in ("auc_gold", "auc_own_logprob")) + " |")
+        lines += ["", "AUC against the vote: training questions held out from every stage. Against gold: test questions."]
+    if "ppo" in report:
+        lines += ["", "| PPO, sampled on training questions | score | true accuracy | KL, nats a response | length | ended |", "|---|---|---|---|---|---|"]
+        lines += [f"| {when} (mean of 5 steps) | {r['score']:.2f} | {r['true_accuracy']:.1%} | {r['kl']:.2f} | {r['length']:.1f} | {r['ended']:.1%} |" for when, r in report["ppo"].items()]
+    lines += ["", "Seconds: " + ", ".join(f"{stage} {s:.0f}" for stage, s in report["seconds"].items()) + "."]
+    return "\n".join(lines) + "\n"
+
+
+def plot(report, folder):
+    """curves.png: held-out SFT loss, PPO's score, true accuracy, KL and length over steps, and the models' accuracies. Needs matplotlib."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6.5), layout="constrained")
+    sft = [(step, row["held_out_loss"]) for step, row in run.read_metrics(folder, "sft").items() if "held_out_loss" in row]
+    rl = [row for row in run.read_metrics(folder, "rl").values() if "score" in row]
+    panels = [("SFT: held-out loss", sft)] + [(title, [(row["step"], row[key]) for row in rl]) for title, key in (
+        ("PPO: score", "score"), ("PPO: true accuracy (diagnostic)", "true_accuracy"), ("PPO: KL to the SFT student, nats", "kl"), ("PPO: length, tokens", "length"))]
+    for axis, (title, points) in zip(axes.flat, panels):
+        axis.plot(*zip(*points) if points else ([], []), color="#2a6f97")
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+    axis, names = axes.flat[5], list(report["models"])
+    greedy = [report["models"][name]["greedy"] for name in names]
+    heights = [100 * g["accuracy"] for g in greedy]
+    errors = [[100 * (g["accuracy"] - g["low"]) for g in greedy], [100 * (g["high"] - g["accuracy"]) for g in greedy]]
+    axis.bar([Path(name).name for name in names], heights, yerr=errors, capsize=4, color=["#a9a9a9", "#d9d9d9", "#89c2d9", "#2a6f97"][-len(names):])
+    axis.set(title="test accuracy, greedy, 95% intervals", ylabel="%")
+    beside = folder / "curves.partial.png"
+    figure.savefig(beside, dpi=110)
+    plt.close(figure)
+    beside.replace(folder / "curves.png")
+
+
+if __name__ == "__main__":
+    main()

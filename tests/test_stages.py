@@ -1,0 +1,234 @@
+"""The four scripts on a small run: they chain, resume exactly, accumulate exactly, and train without gold."""
+
+import ast
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import eval as evaluation
+import train_rl
+import train_rm
+import train_sft
+from data import TASKS, teacher
+from nanodistill import run, weights
+from nanodistill.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMON = ["--questions", "80", "--threads", "1", "--seed", "7"]
+SFT, RM, RL = ["--epochs", "1", "--batch-size", "16"], ["--epochs", "0.5", "--samples", "4", "--batch-size", "16"], ["--steps", "3", "--prompts", "32"]
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory):
+    """A run folder with the teacher's samples."""
+    folder = tmp_path_factory.mktemp("run")
+    teacher.main([*COMMON, "--out", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(sampled):
+    """A run folder after every stage."""
+    out = ["--out", str(sampled)]
+    train_sft.main(COMMON + SFT + out)
+    train_rm.main(COMMON + RM + out)
+    train_rl.main(COMMON + RL + out)
+    return sampled
+
+
+def copy(source, target, *names):
+    """A new run folder with some of another's files."""
+    target.mkdir()
+    for name in names:
+        (shutil.copytree if (source / name).is_dir() else shutil.copy)(source / name, target / name)
+    return ["--out", str(target)]
+
+
+def same_weights(a, b):
+    a, b = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    return all(torch.equal(a[key], b[key]) for key in a.keys() | b.keys())
+
+
+def steps_of(folder, stage, key):
+    return {step: row[key] for step, row in run.read_metrics(folder, stage).items() if key in row}
+
+
+def test_first_minibatch_of_every_step_starts_from_the_policy_sampled(finished):
+    rows = [row for row in run.read_metrics(finished, "rl").values() if "score" in row]
+    assert len(rows) == 3
+    for row in rows:
+        assert row["first_ratio"] == pytest.approx(1, abs=1e-5)
+        assert row["first_approx_kl"] == pytest.approx(0, abs=1e-9)
+        assert row["first_clipfrac"] == 0
+        assert row["sampler_gap"] < 1e-4                                 # the logprobs scored are those sampled from
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-4) and abs(rows[2]["kl"]) > 1e-3
+    assert rows[2]["ratio"] != pytest.approx(1, abs=1e-7)                # it did move within a step
+
+
+def test_report(finished):
+    report = json.loads((finished / "report.json").read_text())
+    assert report["seed"] == 7 and report["task"] == "arithmetic"
+    assert set(report["models"]) == {"teacher", "base", "sft", "rl"}
+    for m in report["models"].values():
+        assert set(m["greedy"]) == {"accuracy", "low", "high", "n"} and m["greedy"]["n"] == 80
+        assert 0 <= m["greedy"]["low"] <= m["greedy"]["accuracy"] <= m["greedy"]["high"] <= 1
+        assert m["mean@8"] <= m["pass@8"] and m["maj@8"] <= m["pass@8"]
+    assert {"rl-sft", "rl-teacher", "sft-teacher"} <= set(report["pairs"])
+    assert all({"difference", "low", "high"} <= set(p) for p in report["pairs"].values())
+    for key in ("auc", "auc_gold", "auc_own_logprob"):
+        assert set(report["reward_model"][key]) == {"teacher", "sft", "rl"}
+    assert set(report["votes"]) == {"kept", "agreement", "accuracy"}
+    assert set(report["seconds"]) == {"teacher", "sft", "rm", "rl", "eval"}
+    assert "| rl | " in (finished / "report.md").read_text()
+
+
+def test_every_folder_loads_in_transformers_with_equal_logits(finished):
+    transformers = pytest.importorskip("transformers")
+    ids = torch.randint(4, 400, (2, 40))
+    with torch.no_grad():
+        for name in ("sft", "rl"):
+            oracle = transformers.AutoModelForCausalLM.from_pretrained(finished / name, dtype=torch.float32)
+            assert (oracle(ids).logits - weights.load(finished / name)(ids)).abs().max() <= 1e-4
+        reward_model = transformers.AutoModelForSequenceClassification.from_pretrained(finished / "rm", dtype=torch.float32)
+        ours = weights.load(finished / "rm", weights.ScalarModel)(ids)[:, -1]
+        assert (reward_model(ids).logits.squeeze(-1) - ours).abs().max() <= 1e-4
+
+
+class StopAfter:
+    """Stands in for `run.interruptible`: the loop is asked to stop after `n` questions of "has Ctrl-C come?"."""
+
+    def __init__(self, n):
+        self.left = n
+
+    def __call__(self):
+        return self
+
+    def __enter__(self):
+        return self.stop
+
+    def __exit__(self, *_):
+        pass
+
+    def stop(self):
+        self.left -= 1
+        return self.left <= 0
+
+
+@pytest.mark.parametrize("stage, script, flags, inputs", [
+    ("sft", train_sft, SFT, ["teacher.jsonl", "labels.jsonl"]),
+    ("rm", train_rm, RM, ["teacher.jsonl", "labels.jsonl", "student.jsonl", "sft"]),
+    ("rl", train_rl, RL, ["teacher.jsonl", "labels.jsonl", "student.jsonl", "sft", "rm"])])
+def test_stopped_and_resumed_equals_unbroken(finished, tmp_path, monkeypatch, stage, script, flags, inputs):
+    out = copy(finished, tmp_path / "broken", *inputs)
+    monkeypatch.setattr(run, "interruptible", StopAfter(2))
+    monkeypatch.setattr(run, "need", lambda *_: None)                    # no evaluation after RL
+    with pytest.raises(SystemExit, match="stopped after saving"):
+        script.main(COMMON + flags + out)
+    folder = tmp_path / "broken" / stage
+    assert (folder / "resume.pt").exists() and not (folder / "model.safetensors").exists()
+    monkeypatch.setattr(run, "interruptible", StopAfter(10**9))
+    script.main(COMMON + flags + out)
+    assert same_weights(folder, finished / stage)
+    key = "score" if stage == "rl" else "loss"
+    assert steps_of(tmp_path / "broken", stage, key) == steps_of(finished, stage, key) != {}
+    with pytest.raises(SystemExit, match="complete"):                     # nothing is trained twice by accident
+        script.main(COMMON + flags + out)
+
+
+def test_teacher_resumes_without_asking_twice(sampled, tmp_path):
+    copy(sampled, tmp_path / "torn", "teacher.jsonl")
+    path = tmp_path / "torn" / "teacher.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:70]) + lines[70][:50])              # killed in the middle of a line
+    teacher.main([*COMMON, "--out", str(tmp_path / "torn")])
+    rows = run.read_jsonl(path)
+    assert path.read_bytes().startswith(b"".join(lines[:70]))            # what was there stays
+    assert len({row["id"] for row in rows}) == len(rows) == 80
+    assert all(len(row["responses"]) == 10 for row in rows)
+    assert len(run.read_jsonl(tmp_path / "torn" / "labels.jsonl")) == 80
+
+
+@pytest.mark.parametrize("script, stage, flags, inputs, key", [
+    (train_sft, "sft", SFT, ["teacher.jsonl", "labels.jsonl"], "loss"),
+    (train_rm, "rm", RM, ["teacher.jsonl", "labels.jsonl", "student.jsonl", "sft"], "loss"),
+    (train_rm, "rm", RM + ["--rm-loss", "bt", "--batch-size", "4"], ["teacher.jsonl", "labels.jsonl", "student.jsonl", "sft"], "loss"),
+    (train_rl, "rl", ["--steps", "2", "--prompts", "32"], ["teacher.jsonl", "labels.jsonl", "student.jsonl", "sft", "rm"], "value_loss")])
+def test_micro_batches_do_not_change_the_training(finished, tmp_path, monkeypatch, script, stage, flags, inputs, key):
+    monkeypatch.setattr(run, "need", lambda *_: None)
+    figures = []
+    for micro in ("2", "8"):
+        script.main(COMMON + flags + ["--micro-batch", micro] + copy(finished, tmp_path / micro, *inputs))
+        figures.append(list(steps_of(tmp_path / micro, stage, key).values()))
+    assert figures[0] and figures[0] == pytest.approx(figures[1], rel=1e-3)
+
+
+def test_training_scripts_do_not_name_gold():
+    for name in ("train_sft.py", "train_rm.py", "train_rl.py", "data/teacher.py"):
+        names = {node.attr if isinstance(node, ast.Attribute) else node.id for node in ast.walk(ast.parse((ROOT / name).read_text()))
+                 if isinstance(node, (ast.Attribute, ast.Name))}
+        assert "gold" not in names, name
+        assert name == "train_rl.py" or "true_accuracy" not in names, name
+
+
+def test_nothing_trained_depends_on_gold(finished, tmp_path, monkeypatch):
+    """With gold out of reach, and then false, every stage trains to the very same weights."""
+    Task = TASKS["arithmetic"]
+
+    def unreachable(self, split):
+        raise AssertionError("a training stage read the gold answers")
+
+    monkeypatch.setattr(Task, "gold", unreachable)
+    monkeypatch.setattr(run, "need", lambda *_: None)
+    out = ["--out", str(tmp_path)]
+    teacher.main(COMMON + out)
+    train_sft.main(COMMON + SFT + out)
+    train_rm.main(COMMON + RM + out)
+    monkeypatch.setattr(Task, "gold", lambda self, split: {q["id"]: "wrong" for q in self.questions(split)})
+    train_rl.main(COMMON + RL + out)                                     # it logs true_accuracy, and here that log is wrong
+    assert set(steps_of(tmp_path, "rl", "true_accuracy").values()) == {0.0}
+    for stage in ("sft", "rm", "rl"):
+        assert same_weights(tmp_path / stage, finished / stage), stage
+
+
+def test_sft_and_rm_train_the_eos_and_no_prompt_token(finished):
+    """A student that never saw the EOS in its loss would not stop; and RM rows end in EOS exactly when the response ended."""
+    rl = [row for row in run.read_metrics(finished, "rl").values() if "score" in row]
+    assert rl[0]["ended"] > 0.9
+    tokenizer = Tokenizer(finished / "sft")
+    row = run.read_jsonl(finished / "student.jsonl")[0]["responses"][0]
+    assert row["ended"] and tokenizer.eos_ids[0] not in tokenizer.encode(row["text"])
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(finished, tmp_path):
+    """A real SIGINT to a real process."""
+    out = copy(finished, tmp_path / "run", "teacher.jsonl", "labels.jsonl", "student.jsonl", "sft", "rm")
+    command = [sys.executable, str(ROOT / "train_rl.py"), *COMMON, "--steps", "5000", "--prompts", "32", *out]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 60
+    while not steps_of(tmp_path / "run", "rl", "score") and time.time() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "stopped after saving" in err and "Traceback" not in err
+    done = torch.load(tmp_path / "run" / "rl" / "resume.pt", weights_only=True)["step"]
+    assert done == max(steps_of(tmp_path / "run", "rl", "score")) + 1
+
+
+def test_one_command_from_nothing_runs_every_stage_and_says_so(tmp_path):
+    command = [sys.executable, str(ROOT / "train_rl.py"), "--questions", "60", "--threads", "1", "--steps", "1", "--prompts", "32", "--out", str(tmp_path / "out")]
+    before = set(os.listdir(tmp_path))
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for script in ("data/teacher.py", "train_sft.py", "train_rm.py", "eval.py"):
+        assert f"is missing: running {script} first" in done.stdout
+    assert "| rl | " in done.stdout
+    assert set(os.listdir(tmp_path)) - before == {"out"}                 # nothing outside --out

@@ -1,0 +1,238 @@
+"""Stage 3, PPO: the student writes, the reward model scores, and the student learns to write what scores well. The main job.
+
+    python train_rl.py                                     the tiny student, from nothing to the results table
+    python train_rl.py --steps 100 --kl-coef 0.1           longer, and closer to the SFT student
+
+Runs whatever stage before it is missing (data/teacher.py, train_sft.py, train_rm.py), then PPO, then eval.py. Writes rl/, an HF folder, and a
+line a step to metrics.jsonl. Four models take part: the policy (from sft/), the reference it is kept near to (sft/ again, frozen), the reward model
+(rm/, frozen) and the value model (from rm/: it knows already what makes a response good).
+
+One step: sample responses to a batch of training questions; score them; turn scores and the drift from the reference into rewards at each token;
+estimate advantages; take a few clipped gradient steps on them.
+
+What to look at: ratio 1 and approx_kl 0 in the first minibatch of each step; score rising; kl (nats a response from the reference) rising slowly; and
+true_accuracy, a diagnostic measured against gold that nothing here trains on or decides by: score up with true_accuracy down is reward hacking.
+Left out: an entropy bonus, a learning-rate schedule, a choice among checkpoints (the last one is the result).
+"""
+
+import random
+import sys
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from data import TASKS
+from eval import true_accuracy
+from nanodistill import ppo, run, weights
+from nanodistill.generate import generate
+from nanodistill.losses import linear_logprobs
+from nanodistill.model import ScalarModel
+from nanodistill.reward import at_last
+from nanodistill.tokenizer import Tokenizer, pad_batch
+
+
+# ---- config ----
+
+@dataclass
+class Config:
+    student: str = run.flag("tiny", "the student's base, should sft/ be missing: a preset or an HF folder")
+    teacher: str = run.flag("tiny", "the teacher, should its samples be missing: a preset or an HF folder")
+    task: str = run.flag("arithmetic", "what is asked", tuple(TASKS))
+    questions: int = run.flag(0, "training questions used; 0 = all")
+    steps: int = run.flag(200, "PPO steps; one step samples a batch and learns from it")
+    prompts: int = run.flag(128, "questions a step")
+    samples: int = run.flag(2, "responses to each")
+    max_new_tokens: int = run.flag(512, "a response is cut off here")
+    slots: int = run.flag(64, "sequences sampled at once")
+    temperature: float = run.flag(1.0, "of sampling and of scoring alike")
+    ppo_epochs: int = run.flag(2, "passes over a step's responses")
+    minibatches: int = run.flag(4, "optimizer steps a pass")
+    micro_batch: int = run.flag(8, "responses a forward and backward pass; the gradient does not depend on it")
+    learning_rate: float = run.flag(1e-6, "of the policy")
+    value_learning_rate: float = run.flag(5e-6, "of the value model")
+    max_grad_norm: float = run.flag(1.0, "gradients are scaled down to this norm")
+    clip: float = run.flag(0.2, "the ratio is kept within 1 - clip and 1 + clip")
+    value_clip: float = run.flag(0.2, "values are kept this near to the old ones")
+    gamma: float = run.flag(1.0, "discount a token")
+    lam: float = run.flag(0.95, "GAE's lambda")
+    kl_coef: float = run.flag(0.05, "reward lost per nat of drift from the reference")
+    kl_control: str = run.flag("fixed", "adaptive: kl_coef follows kl_target", ("fixed", "adaptive"))
+    kl_target: float = run.flag(6.0, "nats a response that adaptive control aims at")
+    kl_limit: float = run.flag(0.1, "the update ends early when a minibatch's approx_kl passes this (nats a token)")
+    whiten_scores: bool = run.flag(True, "scores to mean 0 and variance 1 within a step, before the KL penalty")
+    whiten_advantages: bool = run.flag(True, "advantages to mean 0 and variance 1 within a step")
+    no_eos_penalty: float = run.flag(2.0, "taken from the (whitened) score of a response that never ends")
+    value_from: str = run.flag("reward", "what the value model starts from: the reward model or the policy", ("reward", "policy"))
+    save_every: int = run.flag(20, "steps between checkpoints")
+    seed: int = run.flag(1, "prompts, samples, minibatches, and the questions")
+    out: str = run.flag("", "run folder; empty = out/<task>-<student>")
+    device: str = run.flag("auto", "cuda, cpu or auto")
+    dtype: str = run.flag("auto", "of the arithmetic; weights stay fp32; auto = bf16 on CUDA, fp32 on CPU", ("auto", "bf16", "fp32"))
+    threads: int = run.flag(0, "CPU threads; 0 = PyTorch's choice")
+
+
+TINY = dict(steps=50, prompts=256, samples=1, max_new_tokens=56, slots=256, micro_batch=64, learning_rate=2e-4, value_learning_rate=5e-4)
+
+
+def main(argv=None):
+    config = run.parse(Config, __doc__, TINY, argv)
+    folder, device, dtype = run.start(config, "rl")
+    batch_size = config.prompts * config.samples
+    minibatch = batch_size // config.minibatches
+    micro_batch = min(config.micro_batch, minibatch)
+    if minibatch * config.minibatches != batch_size or minibatch % micro_batch:
+        sys.exit(f"--prompts x --samples = {batch_size} must split into --minibatches {config.minibatches} of whole --micro-batch {config.micro_batch}")
+    run.need(folder / "rm" / weights.SINGLE, "train_rm.py", config)
+    if (folder / "rl" / weights.SINGLE).exists():
+        run.need(folder / "report.md", "eval.py", config)
+        sys.exit(f"{folder / 'rl'} is complete; delete it to train again. The table: {folder / 'report.md'}")
+
+    # ---- data: the questions that have a vote, less the held-out ones ----
+    tokenizer, task = Tokenizer(folder / "sft"), TASKS[config.task](seed=config.seed)
+    voted = {row["id"] for row in run.read_jsonl(folder / "labels.jsonl") if row["vote"] is not None}
+    questions = [q for q in task.questions("train") if q["id"] in voted and not run.held_out(q["id"], 0.05)]
+    prompts = {q["id"]: tokenizer.prompt_ids(task.prompt(q["question"])) for q in questions}
+    print(f"rl: {len(questions)} questions, {batch_size} responses a step, {config.ppo_epochs} x {config.minibatches} minibatches of {minibatch}")
+
+    # ---- models and optimizers: fp32 weights for what is trained, the arithmetic's dtype for what is frozen ----
+    policy = weights.load(folder / "sft", device=device).train()
+    value_model = weights.load(folder / ("rm" if config.value_from == "reward" else "sft"), ScalarModel, device=device).train()
+    policy.model.dtype = value_model.model.dtype = dtype
+    reference = weights.load(folder / "sft", device=device, dtype=dtype).requires_grad_(False)
+    reward_model = weights.load(folder / "rm", ScalarModel, device=device, dtype=dtype).requires_grad_(False)
+    adam = dict(betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    policy_optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, **adam)
+    value_optimizer = torch.optim.AdamW(value_model.parameters(), lr=config.value_learning_rate, **adam)
+    kl_coef, first, seconds = config.kl_coef, 0, 0.0
+
+    def response_logprobs(model, ids, at, targets):
+        """Logprobs and entropy (B, R) of the response tokens `targets` (B, R). `at` (B, R): the index whose hidden state predicts each."""
+        hidden = model.model(ids)                                                                     # (B, T, D)
+        hidden = hidden.gather(1, at[:, :, None].expand(-1, -1, hidden.shape[-1]))                    # (B, R, D)
+        logprobs, entropy = linear_logprobs(hidden.flatten(0, 1), model.head, targets.flatten(), config.temperature)
+        return logprobs.view(targets.shape), entropy.view(targets.shape)
+
+    def in_micro_batches(function, *tensors):
+        """`function` of rows of `tensors`, micro_batch at a time, without gradient; what it returns, joined."""
+        with torch.no_grad():
+            parts = [function(*(x[i:i + micro_batch] for x in tensors)) for i in range(0, batch_size, micro_batch)]
+        return [torch.cat(column) for column in zip(*parts)]
+
+    # ---- loop ----
+    metrics = run.Metrics(folder, "rl")
+    generator = torch.Generator(device)
+    state = run.load_checkpoint(folder / "rl" / "resume.pt", config)
+    if state:
+        policy.load_state_dict(state["policy"])
+        value_model.load_state_dict(state["value_model"])
+        policy_optimizer.load_state_dict(state["policy_optimizer"])
+        value_optimizer.load_state_dict(state["value_optimizer"])
+        first, kl_coef, seconds = state["step"], state["kl_coef"], state["seconds"]
+        print(f"rl: going on after step {first}")
+    with run.interruptible() as stop, tqdm(range(first, config.steps), initial=first, total=config.steps, desc="rl", unit="step") as bar:
+        for step in bar:
+            # A step's questions, samples and minibatches follow from the seed and the step: a resumed run does the same.
+            rng = random.Random(f"rl {config.seed} {step}")
+            generator.manual_seed(rng.getrandbits(32))
+            chosen = rng.sample(questions, min(config.prompts, len(questions)))
+            chosen += rng.choices(questions, k=config.prompts - len(chosen))                          # fewer questions than a step wants
+            chosen = [q["id"] for q in chosen for _ in range(config.samples)]
+
+            # ---- rollout ----
+            responses = [None] * batch_size
+            for i, j, sample in generate(policy, [prompts[id_] for id_ in chosen[::config.samples]], n=config.samples,
+                                         temperature=config.temperature, max_new_tokens=config.max_new_tokens, slots=config.slots,
+                                         eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id, generator=generator):
+                responses[i * config.samples + j] = sample
+            rows = [prompts[id_] + r.tokens for id_, r in zip(chosen, responses)]
+            ids = pad_batch(rows, tokenizer.pad_id).to(device)                                        # (B, T)
+            targets = pad_batch([r.tokens for r in responses], tokenizer.pad_id).to(device)           # (B, R)
+            prompt_lengths = torch.tensor([len(prompts[id_]) for id_ in chosen]).to(device)           # (B,)
+            lengths = torch.tensor([len(r.tokens) for r in responses]).to(device)                     # (B,)
+            ended = torch.tensor([r.ended for r in responses]).to(device)
+            offsets = torch.arange(targets.shape[1], device=device)                                   # (R,)
+            response_mask = offsets < lengths[:, None]                                                # (B, R), True = a sampled token
+            at = (prompt_lengths[:, None] - 1 + offsets).clamp(max=ids.shape[1] - 1)                  # (B, R)
+
+            # ---- scores, logprobs, values, rewards, advantages ----
+            old_logprobs, entropy = in_micro_batches(lambda *x: response_logprobs(policy, *x), ids, at, targets)
+            ref_logprobs, _ = in_micro_batches(lambda *x: response_logprobs(reference, *x), ids, at, targets)
+            old_values, = in_micro_batches(lambda i, a: (value_model(i).gather(1, a),), ids, at)
+            scores, = in_micro_batches(lambda i, n: (at_last(reward_model(i), n),), ids, prompt_lengths + lengths)
+            shaped = ppo.whiten(scores, torch.ones_like(ended)) if config.whiten_scores else scores
+            shaped = shaped - config.no_eos_penalty * ~ended
+            rewards = ppo.shape_rewards(shaped, old_logprobs, ref_logprobs, response_mask, kl_coef)
+            advantages, returns = ppo.gae(rewards, old_values, response_mask, config.gamma, config.lam)
+            kl = (ppo.kl_k1(old_logprobs, ref_logprobs) * response_mask).sum(1).mean()                # nats a response
+            if config.whiten_advantages:
+                advantages = ppo.whiten(advantages, response_mask)
+
+            # ---- update ----
+            stats, updates, stopped = {}, 0, False
+            for epoch in range(config.ppo_epochs):
+                order = list(range(batch_size))
+                rng.shuffle(order)
+                for start in range(0, batch_size, minibatch):
+                    tokens = response_mask[order[start:start + minibatch]].sum()
+                    mb_stats = {}
+                    for begin in range(start, start + minibatch, micro_batch):
+                        mb = torch.tensor(order[begin:begin + micro_batch]).to(device)
+                        mb_logprobs, _ = response_logprobs(policy, ids[mb], at[mb], targets[mb])
+                        loss, policy_stats = ppo.policy_loss(mb_logprobs, old_logprobs[mb], advantages[mb], response_mask[mb], config.clip, tokens)
+                        loss.backward()
+                        mb_values = value_model(ids[mb]).gather(1, at[mb])
+                        v_loss = ppo.value_loss(mb_values, old_values[mb], returns[mb], response_mask[mb], config.value_clip, tokens)
+                        v_loss.backward()
+                        for key, value in {**policy_stats, "policy_loss": loss.detach(), "value_loss": v_loss.detach()}.items():
+                            mb_stats[key] = mb_stats.get(key, 0) + value
+                    if not updates:
+                        first_minibatch = mb_stats
+                    for key, value in mb_stats.items():
+                        stats[key] = stats.get(key, 0) + value
+                    updates += 1
+                    stopped = mb_stats["approx_kl"].item() > config.kl_limit                          # the one sync of an update
+                    if not stopped:
+                        torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+                        policy_optimizer.step()
+                    torch.nn.utils.clip_grad_norm_(value_model.parameters(), config.max_grad_norm)
+                    value_optimizer.step()
+                    policy_optimizer.zero_grad(set_to_none=True)
+                    value_optimizer.zero_grad(set_to_none=True)
+                    if stopped:
+                        break
+                if stopped:
+                    break
+            if config.kl_control == "adaptive":
+                kl_coef = ppo.adapt_kl(kl_coef, kl.item(), config.kl_target, batch_size)
+
+            # ---- metrics ----
+            sampled = pad_batch([r.logprobs for r in responses], 0.0).to(device)                      # (B, R), by the sampler
+            texts = [tokenizer.decode(r.tokens) if r.ended else "" for r in responses]
+            row = metrics(
+                step, score=scores.mean(), rewards=rewards.sum(1).mean(), kl=kl, kl_coef=kl_coef,
+                **{f"first_{key}": first_minibatch[key] for key in ("ratio", "approx_kl", "clipfrac")},
+                **{key: value / updates for key, value in stats.items()}, updates=updates,
+                sampler_gap=((sampled - old_logprobs).abs() * response_mask).max(),
+                explained_variance=ppo.explained_variance(old_values, returns, response_mask),
+                entropy=ppo.masked_mean(entropy, response_mask), length=lengths.float().mean(), ended=ended.float().mean(),
+                true_accuracy=true_accuracy(task, "train", chosen, texts))
+            bar.set_postfix(score=f"{row['score']:.2f}", kl=f"{row['kl']:.2f}", true=f"{row['true_accuracy']:.2f}", length=f"{row['length']:.0f}")
+
+            # ---- save ----
+            stopping = stop()                                        # asked once a step: an interrupt between two askings would not be saved
+            if stopping or (step + 1) % config.save_every == 0:
+                run.save_checkpoint(folder / "rl" / "resume.pt", config, policy=policy.state_dict(), value_model=value_model.state_dict(),
+                                    policy_optimizer=policy_optimizer.state_dict(), value_optimizer=value_optimizer.state_dict(),
+                                    step=step + 1, kl_coef=kl_coef, seconds=metrics.seconds(seconds))
+            if stopping:
+                sys.exit("stopped after saving; the same command goes on from here")
+    metrics(config.steps, seconds=metrics.seconds(seconds))
+    weights.save(policy, folder / "rl", folder / "sft")
+    print(f"rl: -> {folder / 'rl'}")
+    (folder / "report.md").unlink(missing_ok=True)                                                    # of an earlier student
+    run.need(folder / "report.md", "eval.py", config)
+
+
+if __name__ == "__main__":
+    main()

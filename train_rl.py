@@ -72,7 +72,8 @@ class Config:
     threads: int = run.flag(0, "CPU threads; 0 = PyTorch's choice")
 
 
-TINY = dict(steps=50, prompts=256, samples=1, max_new_tokens=56, slots=256, micro_batch=64, learning_rate=2e-4, value_learning_rate=5e-4)
+TINY = dict(steps=40, prompts=256, samples=1, max_new_tokens=56, slots=256, micro_batch=64, learning_rate=1e-4, value_learning_rate=3e-4,
+            kl_coef=0.1, whiten_scores=False, value_clip=0.5, no_eos_penalty=5.0)
 
 
 def main(argv=None):

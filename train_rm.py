@@ -46,6 +46,7 @@ class Config:
     epochs: float = run.flag(1.0, "passes over the responses (over the questions' pairs for bt)")
     batch_size: int = run.flag(64, "responses (or pairs) an optimizer step")
     micro_batch: int = run.flag(8, "responses (or pairs) a forward and backward pass; the gradient does not depend on it")
+    optimizer: str = run.flag("adamw", "muon: orthogonalised updates for the layers' matrices, AdamW for the rest", ("adamw", "muon"))
     learning_rate: float = run.flag(1e-5, "peak; rises over the first steps, then falls linearly to a tenth")
     warmup: float = run.flag(0.05, "share of the steps in which the learning rate rises")
     weight_decay: float = run.flag(0.0, "AdamW's")
@@ -59,7 +60,7 @@ class Config:
     threads: int = run.flag(0, "CPU threads; 0 = PyTorch's choice")
 
 
-TINY = dict(samples=8, max_new_tokens=56, slots=256, epochs=2.0, learning_rate=1e-3, batch_size=128, micro_batch=128)
+TINY = dict(samples=4, max_new_tokens=56, slots=256, epochs=1.0, optimizer="muon", learning_rate=3e-3, batch_size=128, micro_batch=128)
 
 
 def main(argv=None):
@@ -102,7 +103,12 @@ def main(argv=None):
     # ---- model and optimizer ----
     model = weights.load(folder / "sft", ScalarModel, device=device).train()
     model.model.dtype = dtype
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
+    # Of a few thousand labels the tiny reward model learns far more facts with Muon: AUC 0.85 where AdamW has 0.79 (docs/log.md).
+    muon = [p for name, p in model.named_parameters() if config.optimizer == "muon" and p.dim() == 2 and name.startswith("model.layers")]
+    rest = [p for p in model.parameters() if not any(p is m for m in muon)]
+    optimizers = [torch.optim.AdamW(rest, lr=0.0, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)]
+    if muon:
+        optimizers.append(torch.optim.Muon(muon, lr=0.0, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"))
     batches = len(examples) // config.batch_size
     steps = int(config.epochs * batches)
 
@@ -135,7 +141,8 @@ def main(argv=None):
     state = run.load_checkpoint(folder / "rm" / "resume.pt", config)
     if state:
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
         step, best, best_weights, seconds = state["step"], state["best"], state["best_weights"], state["seconds"]
         print(f"rm: going on after step {step}")
     with run.interruptible() as stop, tqdm(total=steps, initial=step, desc="rm", unit="step") as bar:
@@ -150,7 +157,7 @@ def main(argv=None):
             random.Random(f"{config.seed} {step // batches}").shuffle(order)
             batch = [examples[i] for i in order[step % batches * config.batch_size:][:config.batch_size]]
             rate = config.learning_rate * min((step + 1) / max(config.warmup * steps, 1), 1 - 0.9 * step / steps)
-            for group in optimizer.param_groups:
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = rate
             tokens = sum(len(e[2]) - e[1] for e in batch) if config.rm_loss == "bce" else 0
             total = torch.zeros((), device=device)
@@ -159,8 +166,9 @@ def main(argv=None):
                 loss.backward()
                 total += loss.detach()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             step += 1
             bar.update()
             if step % 10 == 0:
@@ -168,7 +176,7 @@ def main(argv=None):
             stopping = stop()                                        # asked once a step: an interrupt between two askings would not be saved
             if stopping or step % 500 == 0:
                 run.save_checkpoint(folder / "rm" / "resume.pt", config, model=model.state_dict(), step=step, best=best,
-                                    optimizer=optimizer.state_dict(), best_weights=best_weights, seconds=metrics.seconds(seconds))
+                                    optimizers=[optimizer.state_dict() for optimizer in optimizers], best_weights=best_weights, seconds=metrics.seconds(seconds))
             if stopping:
                 sys.exit("stopped after saving; the same command goes on from here")
 

@@ -48,7 +48,7 @@ class Config:
     threads: int = run.flag(0, "CPU threads; 0 = PyTorch's choice")
 
 
-TINY = dict(epochs=3.0, learning_rate=5e-4, micro_batch=64)
+TINY = dict(epochs=2.0, learning_rate=5e-4, micro_batch=64)
 
 
 def main(argv=None):

@@ -136,7 +136,7 @@ class Arithmetic:
     """`seed` draws the questions; `train` and `test` are how many."""
     name = "arithmetic"
 
-    def __init__(self, seed=0, train=2000, test=1000):
+    def __init__(self, seed=0, train=4000, test=1000):
         self.seed, self.sizes = seed, {"train": train, "test": test}
 
     def questions(self, split):

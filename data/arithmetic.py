@@ -3,12 +3,12 @@
 A problem is a story with several quantities, 3 to 5 of which are combined by adding, subtracting and multiplying; half of the
 stories also mention a number that does not matter. It is answered in steps:
 
-    Ann has 14 pens. She buys 3 boxes of 6 pens. She loses 9. Tom is 8 years old. How many pens does Ann have now?
+    Ann has 11 pens. She buys 3 boxes of 5 pens. She loses 9. Tom is 8 years old. How many pens does Ann have now?
 
-    Step 1: 14 - 9 = 5
-    Step 2: 6 * 3 = 18
-    Step 3: 18 + 5 = 23
-    #### 23
+    Step 1: 11 - 9 = 2
+    Step 2: 5 * 3 = 15
+    Step 3: 15 + 2 = 17
+    #### 17
 
 Most problems can be worked along many valid orders, each of which meets other arithmetic facts. So several samples of a model
 take different paths, and a vote over their answers is worth more than one of them.
@@ -41,7 +41,7 @@ LARGEST = 30                                                    # no total that 
 @dataclass
 class Problem:
     question: str
-    terms: list      # of (sign, factors): (+1, (14,)), (+1, (3, 6)), (-1, (9,)) for the example above
+    terms: list      # of (sign, factors): (+1, (11,)), (+1, (3, 5)), (-1, (9,)) for the example above
     answer: int
 
 

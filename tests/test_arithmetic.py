@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from data.arithmetic import Arithmetic, draw_problem, exact, work
+from data.arithmetic import Arithmetic, Problem, draw_problem, exact, work
 from data.tiny.make import example
 
 
@@ -30,12 +30,12 @@ def test_every_valid_order_gives_the_answer_in_true_steps():
 def test_the_answer_by_hand():
     """The story's numbers, read by a person, against the terms behind it."""
     problem = draw_problem(random.Random(3))
-    assert problem.question == "Eva has 20 pens. She sells 3 boxes of 4. The shop is 17 miles away. How many pens does Eva have now?"
-    assert problem.answer == 8
+    assert problem.question == "Tom has 12 toys. He buys 4 boxes of 3 toys. He sells 2 boxes of 2. The shop is 14 miles away. How many toys does Tom have now?"
+    assert problem.answer == 20
 
 
 def test_a_false_belief_changes_the_answer():
-    problem = draw_problem(random.Random(3))
+    problem = Problem("", [(1, (20,)), (-1, (3, 4))], 8)
     texts = {work(problem, random.Random(i), lambda a, op, b: exact(a, op, b) + (op == "*")) for i in range(9)}
     assert texts == {"Step 1: 3 * 4 = 13\nStep 2: 20 - 13 = 7\n#### 7", "Step 1: 4 * 3 = 13\nStep 2: 20 - 13 = 7\n#### 7"}
 

@@ -122,7 +122,7 @@ def main():
                     num_attention_heads=4, num_key_value_heads=2, head_dim=shape["hidden"] // 4,
                     max_position_embeddings=256, tie_word_embeddings=True)
     model = init_weights(CausalLM(config))
-    # Muon on the matrices reaches in 350 steps the loss that AdamW alone needs 900 for (docs/log.md).
+    # Muon on the matrices: loss 0.30 after 350 steps, where AdamW alone had 0.68 (docs/log.md).
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.dim() == 1 or "embed" in name]
     optimizers = [torch.optim.Muon(matrices, lr=0.0, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),

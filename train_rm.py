@@ -103,7 +103,7 @@ def main(argv=None):
     # ---- model and optimizer ----
     model = weights.load(folder / "sft", ScalarModel, device=device).train()
     model.model.dtype = dtype
-    # Of a few thousand labels the tiny reward model learns far more facts with Muon: AUC 0.85 where AdamW has 0.79 (docs/log.md).
+    # Of a few thousand labels the tiny reward model learns far more facts with Muon: AUC 0.85 after half a pass, where AdamW has 0.79 (docs/log.md).
     muon = [p for name, p in model.named_parameters() if config.optimizer == "muon" and p.dim() == 2 and name.startswith("model.layers")]
     rest = [p for p in model.parameters() if not any(p is m for m in muon)]
     optimizers = [torch.optim.AdamW(rest, lr=0.0, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)]

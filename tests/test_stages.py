@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import eval as evaluation
 import train_rl
 import train_rm
 import train_sft

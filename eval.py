@@ -106,7 +106,7 @@ def main(argv=None):
     report = {"seed": config.seed, "task": config.task, "models": {}, "pairs": {}}
     right, sampled, held_out_samples = {}, {}, {}
     labels = {row["id"]: row for row in run.read_jsonl(folder / "labels.jsonl")}
-    held_out = [q for q in task.questions("train") if run.held_out(q["id"], 0.05) and labels.get(q["id"], {}).get("vote") is not None]
+    held_out = [q for q in task.questions("train") if run.held_out(q["id"]) and labels.get(q["id"], {}).get("vote") is not None]
     for name, path in folders.items():
         tokenizer, model = Tokenizer(path), weights.load(path, device=device, dtype=dtype)
         greedy = sample(model, tokenizer, task, questions, 1, 0.0, config, generator, f"{name}, greedy")

@@ -7,12 +7,12 @@ Runs whatever stage before it is missing (data/teacher.py, train_sft.py, train_r
 line a step to metrics.jsonl. Four models take part: the policy (from sft/), the reference it is kept near to (sft/ again, frozen), the reward model
 (rm/, frozen) and the value model (from rm/: it knows already what makes a response good).
 
-One step: sample responses to a batch of training questions; score them; turn scores and the drift from the reference into rewards at each token;
+One step: sample responses to a batch of questions; score them; turn scores and the drift from the reference into rewards at each token;
 estimate advantages; take a few clipped gradient steps on them.
 
 What to look at: ratio 1 and approx_kl 0 in the first minibatch of each step; score rising; kl (nats a response from the reference) rising slowly; and
 true_accuracy, a diagnostic measured against gold that nothing here trains on or decides by: score up with true_accuracy down is reward hacking.
-Left out: an entropy bonus, a learning-rate schedule, a choice among checkpoints (the last one is the result).
+Left out: an entropy bonus, a choice among checkpoints (the last one is the result).
 """
 
 import random
@@ -49,7 +49,7 @@ class Config:
     ppo_epochs: int = run.flag(2, "passes over a step's responses")
     minibatches: int = run.flag(4, "optimizer steps a pass")
     micro_batch: int = run.flag(8, "responses a forward and backward pass; the gradient does not depend on it")
-    learning_rate: float = run.flag(1e-6, "of the policy")
+    learning_rate: float = run.flag(1e-6, "of the policy; falls linearly to 0, as the value model's does")
     value_learning_rate: float = run.flag(5e-6, "of the value model")
     max_grad_norm: float = run.flag(1.0, "gradients are scaled down to this norm")
     clip: float = run.flag(0.2, "the ratio is kept within 1 - clip and 1 + clip")
@@ -89,10 +89,9 @@ def main(argv=None):
         run.need(folder / "report.md", "eval.py", config)
         sys.exit(f"{folder / 'rl'} is complete; delete it to train again. The table: {folder / 'report.md'}")
 
-    # ---- data: the questions that have a vote, less the held-out ones ----
+    # ---- data: questions for PPO need no vote, only a reward model; where they are the training questions too, less the held-out ones ----
     tokenizer, task = Tokenizer(folder / "sft"), TASKS[config.task](seed=config.seed)
-    voted = {row["id"] for row in run.read_jsonl(folder / "labels.jsonl") if row["vote"] is not None}
-    questions = [q for q in task.questions("train") if q["id"] in voted and not run.held_out(q["id"], 0.05)]
+    questions = [q for q in task.questions("rl")[:config.questions or None] if not run.held_out(q["id"])]
     prompts = {q["id"]: tokenizer.prompt_ids(task.prompt(q["question"])) for q in questions}
     print(f"rl: {len(questions)} questions, {batch_size} responses a step, {config.ppo_epochs} x {config.minibatches} minibatches of {minibatch}")
 
@@ -169,7 +168,9 @@ def main(argv=None):
             if config.whiten_advantages:
                 advantages = ppo.whiten(advantages, response_mask)
 
-            # ---- update ----
+            # ---- update: the learning rates fall linearly, so that the noise of single steps dies away ----
+            for optimizer, rate in ((policy_optimizer, config.learning_rate), (value_optimizer, config.value_learning_rate)):
+                optimizer.param_groups[0]["lr"] = rate * (1 - step / config.steps)
             stats, updates, stopped = {}, 0, False
             for epoch in range(config.ppo_epochs):
                 order = list(range(batch_size))
@@ -217,7 +218,7 @@ def main(argv=None):
                 sampler_gap=((sampled - old_logprobs).abs() * response_mask).max(),
                 explained_variance=ppo.explained_variance(old_values, returns, response_mask),
                 entropy=ppo.masked_mean(entropy, response_mask), length=lengths.float().mean(), ended=ended.float().mean(),
-                true_accuracy=true_accuracy(task, "train", chosen, texts))
+                true_accuracy=true_accuracy(task, "rl", chosen, texts))
             bar.set_postfix(score=f"{row['score']:.2f}", kl=f"{row['kl']:.2f}", true=f"{row['true_accuracy']:.2f}", length=f"{row['length']:.0f}")
 
             # ---- save ----

@@ -51,7 +51,6 @@ class Config:
     warmup: float = run.flag(0.05, "share of the steps in which the learning rate rises")
     weight_decay: float = run.flag(0.0, "AdamW's")
     max_grad_norm: float = run.flag(1.0, "gradients are scaled down to this norm")
-    held_out: float = run.flag(0.05, "share of the questions kept for evaluation; the same ones as in SFT")
     evals: int = run.flag(6, "held-out evaluations in the whole run")
     seed: int = run.flag(1, "samples, order of the batches, and the questions")
     out: str = run.flag("", "run folder; empty = out/<task>-<student>")
@@ -83,7 +82,7 @@ def main(argv=None):
     for source, rows in (("teacher", teacher_rows), ("student", student_rows)):
         for row in rows:
             prompt = tokenizer.prompt_ids(task.prompt(row["question"]))
-            split = held_out if run.held_out(row["id"], config.held_out) else train
+            split = held_out if run.held_out(row["id"]) else train
             for r in row["responses"]:
                 ids = prompt + tokenizer.encode(r["text"]) + [tokenizer.eos_ids[0]] * r["ended"]
                 split[source].append((row["id"], len(prompt), ids, task.equal(r["answer"], votes[row["id"]])))

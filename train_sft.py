@@ -39,7 +39,6 @@ class Config:
     warmup: float = run.flag(0.05, "share of the steps in which the learning rate rises")
     weight_decay: float = run.flag(0.0, "AdamW's")
     max_grad_norm: float = run.flag(1.0, "gradients are scaled down to this norm")
-    held_out: float = run.flag(0.05, "share of the questions kept for the held-out loss")
     evals_an_epoch: int = run.flag(2, "held-out evaluations an epoch")
     seed: int = run.flag(1, "order of the batches, and the questions")
     out: str = run.flag("", "run folder; empty = out/<task>-<student>")
@@ -48,7 +47,7 @@ class Config:
     threads: int = run.flag(0, "CPU threads; 0 = PyTorch's choice")
 
 
-TINY = dict(epochs=2.0, learning_rate=5e-4, micro_batch=64)
+TINY = dict(epochs=3.0, learning_rate=5e-4, micro_batch=64)
 
 
 def main(argv=None):
@@ -66,7 +65,7 @@ def main(argv=None):
     for row in sorted(run.read_jsonl(folder / "teacher.jsonl"), key=lambda row: row["id"]):
         prompt = tokenizer.prompt_ids(task.prompt(row["question"]))
         good = {r["text"] for r, label in zip(row["responses"], labels.get(row["id"], [])) if label}
-        split = held_out if run.held_out(row["id"], config.held_out) else train
+        split = held_out if run.held_out(row["id"]) else train
         split += [(prompt, tokenizer.encode(text) + [tokenizer.eos_ids[0]]) for text in sorted(good)]
     print(f"sft: {len(train)} responses to train on, {len(held_out)} held out, of {len(labels)} questions")
 

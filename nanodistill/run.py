@@ -72,7 +72,7 @@ def start(config, stage):
     return folder, device, {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
-def held_out(question_id, share):
+def held_out(question_id, share=0.05):
     """Is a training question among the `share` that no stage trains on? By a hash of its id: the same ones in every stage."""
     return int.from_bytes(hashlib.sha256(question_id.encode()).digest()[:4], "big") < share * 2**32
 

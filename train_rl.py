@@ -7,12 +7,12 @@ Runs whatever stage before it is missing (data/teacher.py, train_sft.py, train_r
 line a step to metrics.jsonl. Four models take part: the policy (from sft/), the reference it is kept near to (sft/ again, frozen), the reward model
 (rm/, frozen) and the value model (from rm/: it knows already what makes a response good).
 
-One step: sample responses to a batch of questions; score them; turn scores and the drift from the reference into rewards at each token;
+One step: sample responses to a batch of training questions; score them; turn scores and the drift from the reference into rewards at each token;
 estimate advantages; take a few clipped gradient steps on them.
 
 What to look at: ratio 1 and approx_kl 0 in the first minibatch of each step; score rising; kl (nats a response from the reference) rising slowly; and
 true_accuracy, a diagnostic measured against gold that nothing here trains on or decides by: score up with true_accuracy down is reward hacking.
-Left out: an entropy bonus, a choice among checkpoints (the last one is the result).
+Left out: an entropy bonus, a learning-rate schedule, a choice among checkpoints (the last one is the result).
 """
 
 import random
@@ -49,7 +49,7 @@ class Config:
     ppo_epochs: int = run.flag(2, "passes over a step's responses")
     minibatches: int = run.flag(4, "optimizer steps a pass")
     micro_batch: int = run.flag(8, "responses a forward and backward pass; the gradient does not depend on it")
-    learning_rate: float = run.flag(1e-6, "of the policy; falls linearly to 0, as the value model's does")
+    learning_rate: float = run.flag(1e-6, "of the policy")
     value_learning_rate: float = run.flag(5e-6, "of the value model")
     max_grad_norm: float = run.flag(1.0, "gradients are scaled down to this norm")
     clip: float = run.flag(0.2, "the ratio is kept within 1 - clip and 1 + clip")
@@ -60,6 +60,7 @@ class Config:
     kl_control: str = run.flag("fixed", "adaptive: kl_coef follows kl_target", ("fixed", "adaptive"))
     kl_target: float = run.flag(6.0, "nats a response that adaptive control aims at")
     kl_limit: float = run.flag(0.1, "the update ends early when a minibatch's approx_kl passes this (nats a token)")
+    score: str = run.flag("logit", "logit: the reward model's output; probability: its sigmoid, for a reward model trained with bce; the values likewise", ("logit", "probability"))
     whiten_scores: bool = run.flag(True, "scores to mean 0 and variance 1 within a step, before the KL penalty")
     whiten_advantages: bool = run.flag(True, "advantages to mean 0 and variance 1 within a step")
     no_eos_penalty: float = run.flag(2.0, "taken from the (whitened) score of a response that never ends")
@@ -72,8 +73,8 @@ class Config:
     threads: int = run.flag(0, "CPU threads; 0 = PyTorch's choice")
 
 
-TINY = dict(steps=40, prompts=256, samples=1, max_new_tokens=56, slots=256, micro_batch=64, learning_rate=1e-4, value_learning_rate=3e-4,
-            kl_coef=0.1, whiten_scores=False, value_clip=0.5, no_eos_penalty=5.0)
+TINY = dict(steps=60, prompts=256, samples=1, max_new_tokens=56, slots=256, micro_batch=64, learning_rate=1e-4, value_learning_rate=3e-4,
+            kl_coef=0.02, score="probability", whiten_scores=False, no_eos_penalty=1.0)
 
 
 def main(argv=None):
@@ -89,9 +90,10 @@ def main(argv=None):
         run.need(folder / "report.md", "eval.py", config)
         sys.exit(f"{folder / 'rl'} is complete; delete it to train again. The table: {folder / 'report.md'}")
 
-    # ---- data: questions for PPO need no vote, only a reward model; where they are the training questions too, less the held-out ones ----
+    # ---- data: the questions that have a vote, less the held-out ones ----
     tokenizer, task = Tokenizer(folder / "sft"), TASKS[config.task](seed=config.seed)
-    questions = [q for q in task.questions("rl")[:config.questions or None] if not run.held_out(q["id"])]
+    voted = {row["id"] for row in run.read_jsonl(folder / "labels.jsonl") if row["vote"] is not None}
+    questions = [q for q in task.questions("train") if q["id"] in voted and not run.held_out(q["id"])]
     prompts = {q["id"]: tokenizer.prompt_ids(task.prompt(q["question"])) for q in questions}
     print(f"rl: {len(questions)} questions, {batch_size} responses a step, {config.ppo_epochs} x {config.minibatches} minibatches of {minibatch}")
 
@@ -105,6 +107,8 @@ def main(argv=None):
     policy_optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, **adam)
     value_optimizer = torch.optim.AdamW(value_model.parameters(), lr=config.value_learning_rate, **adam)
     kl_coef, first, seconds = config.kl_coef, 0, 0.0
+    # A probability has a ceiling: a response that is surely good gains nothing more, and the gradient goes to those that are not.
+    squash = torch.sigmoid if config.score == "probability" else torch.nn.Identity()
 
     def response_logprobs(model, ids, at, targets):
         """Logprobs and entropy (B, R) of the response tokens `targets` (B, R). `at` (B, R): the index whose hidden state predicts each."""
@@ -158,8 +162,8 @@ def main(argv=None):
             # ---- scores, logprobs, values, rewards, advantages ----
             old_logprobs, entropy = in_micro_batches(lambda *x: response_logprobs(policy, *x), ids, at, targets)
             ref_logprobs, _ = in_micro_batches(lambda *x: response_logprobs(reference, *x), ids, at, targets)
-            old_values, = in_micro_batches(lambda i, a: (value_model(i).gather(1, a),), ids, at)
-            scores, = in_micro_batches(lambda i, n: (at_last(reward_model(i), n),), ids, prompt_lengths + lengths)
+            old_values, = in_micro_batches(lambda i, a: (squash(value_model(i).gather(1, a)),), ids, at)
+            scores, = in_micro_batches(lambda i, n: (squash(at_last(reward_model(i), n)),), ids, prompt_lengths + lengths)
             shaped = ppo.whiten(scores, torch.ones_like(ended)) if config.whiten_scores else scores
             shaped = shaped - config.no_eos_penalty * ~ended
             rewards = ppo.shape_rewards(shaped, old_logprobs, ref_logprobs, response_mask, kl_coef)
@@ -168,9 +172,7 @@ def main(argv=None):
             if config.whiten_advantages:
                 advantages = ppo.whiten(advantages, response_mask)
 
-            # ---- update: the learning rates fall linearly, so that the noise of single steps dies away ----
-            for optimizer, rate in ((policy_optimizer, config.learning_rate), (value_optimizer, config.value_learning_rate)):
-                optimizer.param_groups[0]["lr"] = rate * (1 - step / config.steps)
+            # ---- update ----
             stats, updates, stopped = {}, 0, False
             for epoch in range(config.ppo_epochs):
                 order = list(range(batch_size))
@@ -183,7 +185,7 @@ def main(argv=None):
                         mb_logprobs, _ = response_logprobs(policy, ids[mb], at[mb], targets[mb])
                         loss, policy_stats = ppo.policy_loss(mb_logprobs, old_logprobs[mb], advantages[mb], response_mask[mb], config.clip, tokens)
                         loss.backward()
-                        mb_values = value_model(ids[mb]).gather(1, at[mb])
+                        mb_values = squash(value_model(ids[mb]).gather(1, at[mb]))
                         v_loss = ppo.value_loss(mb_values, old_values[mb], returns[mb], response_mask[mb], config.value_clip, tokens)
                         v_loss.backward()
                         for key, value in {**policy_stats, "policy_loss": loss.detach(), "value_loss": v_loss.detach()}.items():
@@ -218,7 +220,7 @@ def main(argv=None):
                 sampler_gap=((sampled - old_logprobs).abs() * response_mask).max(),
                 explained_variance=ppo.explained_variance(old_values, returns, response_mask),
                 entropy=ppo.masked_mean(entropy, response_mask), length=lengths.float().mean(), ended=ended.float().mean(),
-                true_accuracy=true_accuracy(task, "rl", chosen, texts))
+                true_accuracy=true_accuracy(task, "train", chosen, texts))
             bar.set_postfix(score=f"{row['score']:.2f}", kl=f"{row['kl']:.2f}", true=f"{row['true_accuracy']:.2f}", length=f"{row['length']:.0f}")
 
             # ---- save ----

@@ -14,9 +14,7 @@ Most problems can be worked along many valid orders, each of which meets other a
 take different paths, and a vote over their answers is worth more than one of them.
 
 Interface, the same for every task: `questions(split)` without gold answers, `gold(split)` (read by evaluation only), `prompt()`,
-`extract_answer()`, `equal()`. Splits: "train" is what the teacher is asked, "rl" what PPO asks the student, "test" what evaluation asks both. The
-"rl" questions are others than "train", since of those the reward model has learned the votes by heart, the wrong ones too. No question is in
-"test" and another split: a hash of its text decides which one it may belong to.
+`extract_answer()`, `equal()`. No question is in both splits: a hash of its text decides which one it may belong to.
 """
 
 import functools
@@ -129,20 +127,20 @@ def draw_split(seed, split, size):
     problems = {}
     while len(problems) < size:
         problem = draw_problem(rng)
-        if (split_of(problem.question) == "test") == (split == "test"):
+        if split_of(problem.question) == split:
             problems[problem.question] = problem                # a question drawn twice counts once
     return {f"arithmetic-{seed}-{split}-{i}": p for i, p in enumerate(problems.values())}
 
 
 class Arithmetic:
-    """`seed` draws the questions; `train`, `rl` and `test` are how many."""
+    """`seed` draws the questions; `train` and `test` are how many."""
     name = "arithmetic"
 
-    def __init__(self, seed=0, train=6000, rl=6000, test=1000):
-        self.seed, self.sizes = seed, {"train": train, "rl": rl, "test": test}
+    def __init__(self, seed=0, train=6000, test=1000):
+        self.seed, self.sizes = seed, {"train": train, "test": test}
 
     def questions(self, split):
-        """[{"id", "question"}] of the split, "train", "rl" or "test". Without answers."""
+        """[{"id", "question"}] of the split, "train" or "test". Without answers."""
         return [{"id": i, "question": p.question} for i, p in draw_split(self.seed, split, self.sizes[split]).items()]
 
     def gold(self, split):

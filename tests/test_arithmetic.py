@@ -42,8 +42,7 @@ def test_a_false_belief_changes_the_answer():
 
 def test_splits_are_apart_and_follow_the_seed():
     task = Arithmetic(seed=1, train=400, test=200)
-    train, test, rl = ({q["question"] for q in task.questions(split)} for split in ("train", "test", "rl"))
-    assert len(rl) == 6000 and not rl & train and not rl & test
+    train, test = ({q["question"] for q in task.questions(split)} for split in ("train", "test"))
     assert len(train) == 400 and len(test) == 200 and not train & test
     assert task.questions("train") == Arithmetic(seed=1, train=400).questions("train")
     assert not train & {q["question"] for q in Arithmetic(seed=2, train=400).questions("train")}

@@ -15,7 +15,7 @@ from email.utils import parsedate_to_datetime
 
 import httpx2
 from huggingface_hub import InferenceClient
-from huggingface_hub.errors import HfHubHTTPError, InferenceTimeoutError
+from huggingface_hub.errors import HfHubHTTPError, InferenceTimeoutError, OfflineModeIsEnabled
 
 from nanodistill import run
 
@@ -53,6 +53,8 @@ def ask(client, request, tries, stopping):
             if code != 429 and code < 500:
                 raise
             fault, retry_after = error, error.response.headers.get("Retry-After")
+        except OfflineModeIsEnabled as error:                    # huggingface_hub keeps every address to itself then, a local one too
+            raise SystemExit("HF_HUB_OFFLINE is set, which forbids asking the teacher's server too: unset it for this stage") from error
         except (InferenceTimeoutError, httpx2.TransportError, json.JSONDecodeError) as error:
             fault = error
         if attempt + 1 < tries and stopping.wait(wait_before(attempt, retry_after, rng)):

@@ -84,7 +84,7 @@ def rope_frequencies(config):
 
 
 def rotate(x, cos, sin):
-    """Rotate channel pairs (i, i + head_dim/2) of x (B, heads, T, head_dim) by the angles in cos, sin (B or 1, 1, T, head_dim)."""
+    """Rotate channel pairs (i, i + head_dim/2) of x (B, heads, T, head_dim) by the angles in cos, sin (T, head_dim) or (B, 1, T, head_dim)."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -204,7 +204,7 @@ class Trunk(nn.Module):
         if self.angles.device != ids.device:
             self.angles = self.angles.to(ids.device)                                 # not a buffer: `.to(bf16)` must not round it
         if cache is None:
-            angles, mask = self.angles[:T][None, None], None                         # (1, 1, T, head_dim)
+            angles, mask = self.angles.narrow(0, 0, T), None                         # (T, head_dim), broadcasts against (B, heads, T, head_dim)
         else:
             angles = self.angles[positions][:, None]                                 # (B, 1, T, head_dim)
             slots = torch.arange(cache.k.shape[3], device=ids.device)                # (S,)

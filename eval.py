@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from data import TASKS
-from nanodistill import run, vote, weights
+from nanodistill import fit, run, vote, weights
 from nanodistill.generate import generate
 from nanodistill.model import ScalarModel
 from nanodistill.reward import auc, measure, score_sequences
@@ -81,6 +81,8 @@ def sample(model, tokenizer, task, questions, n, temperature, config, generator,
 
 def main(argv=None):
     config = run.parse(Config, __doc__, TINY, argv)
+    if config.dry_run:
+        return print(fit.report("eval", config))
     folder, device, dtype = run.start(config, "eval")
     task = TASKS[config.task](config.seed, config.data)
     metrics, generator = run.Metrics(folder, "eval"), torch.Generator(device).manual_seed(torch.initial_seed())
@@ -98,7 +100,7 @@ def main(argv=None):
     report = {"seed": config.seed, "task": config.task, "models": {}, "pairs": {}}
     right, sampled, held_out_samples = {}, {}, {}
     labels = {row["id"]: row for row in run.read_jsonl(folder / "labels.jsonl")}
-    held_out = [q for q in task.questions("train") if run.held_out(q["id"], 0.05) and labels.get(q["id"], {}).get("vote") is not None]
+    held_out = [q for q in task.questions("train") if run.held_out(q["id"]) and labels.get(q["id"], {}).get("vote") is not None]
     for name, path in folders.items():
         tokenizer, model = Tokenizer(path), weights.load(path, device=device, dtype=dtype)
         greedy = sample(model, tokenizer, task, questions, 1, 0.0, config, generator, f"{name}, greedy")

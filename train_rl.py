@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from data import TASKS
 from eval import true_accuracy
-from nanodistill import ppo, run, weights
+from nanodistill import fit, ppo, run, weights
 from nanodistill.generate import generate
 from nanodistill.losses import linear_logprobs
 from nanodistill.model import ScalarModel
@@ -56,6 +56,7 @@ class Config(run.Common):
     kl_control: str = run.flag("fixed", "adaptive: kl_coef follows kl_target", ("fixed", "adaptive"))
     kl_target: float = run.flag(6.0, "nats a response that adaptive control aims at")
     kl_limit: float = run.flag(0.1, "the update ends early when a minibatch's approx_kl passes this (nats a token)")
+    score: str = run.flag("logit", "logit: the reward model's output; probability: its sigmoid, for a reward model trained with bce; the values likewise", ("logit", "probability"))
     whiten_scores: bool = run.flag(True, "scores to mean 0 and variance 1 within a step, before the KL penalty")
     whiten_advantages: bool = run.flag(True, "advantages to mean 0 and variance 1 within a step")
     no_eos_penalty: float = run.flag(2.0, "taken from the (whitened) score of a response that never ends")
@@ -63,12 +64,14 @@ class Config(run.Common):
     save_every: int = run.flag(20, "steps between checkpoints")
 
 
-TINY = dict(steps=40, prompts=256, samples=1, max_new_tokens=56, slots=256, micro_batch=64, learning_rate=1e-4, value_learning_rate=3e-4,
-            kl_coef=0.1, whiten_scores=False, value_clip=0.5, no_eos_penalty=5.0)
+TINY = dict(steps=60, prompts=256, samples=1, max_new_tokens=56, slots=256, micro_batch=64, learning_rate=1e-4, value_learning_rate=3e-4,
+            kl_coef=0.02, score="probability", whiten_scores=False, no_eos_penalty=1.0)
 
 
 def main(argv=None):
     config = run.parse(Config, __doc__, TINY, argv)
+    if config.dry_run:
+        return print(fit.report("rl", config))
     folder, device, dtype = run.start(config, "rl")
     batch_size = config.prompts * config.samples
     minibatch = batch_size // config.minibatches
@@ -83,7 +86,7 @@ def main(argv=None):
     # ---- data: the questions that have a vote, less the held-out ones ----
     tokenizer, task = Tokenizer(folder / "sft"), TASKS[config.task](config.seed, config.data)
     voted = {row["id"] for row in run.read_jsonl(folder / "labels.jsonl") if row["vote"] is not None}
-    questions = [q for q in task.questions("train") if q["id"] in voted and not run.held_out(q["id"], 0.05)]
+    questions = [q for q in task.questions("train") if q["id"] in voted and not run.held_out(q["id"])]
     prompts = {q["id"]: tokenizer.prompt_ids(task.prompt(q["question"])) for q in questions}
     print(f"rl: {len(questions)} questions, {batch_size} responses a step, {config.ppo_epochs} x {config.minibatches} minibatches of {minibatch}")
 
@@ -97,6 +100,8 @@ def main(argv=None):
     policy_optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, **adam)
     value_optimizer = torch.optim.AdamW(value_model.parameters(), lr=config.value_learning_rate, **adam)
     kl_coef, first, seconds = config.kl_coef, 0, 0.0
+    # A probability has a ceiling: a response that is surely good gains nothing more, and the gradient goes to those that are not.
+    squash = torch.sigmoid if config.score == "probability" else torch.nn.Identity()
 
     def response_logprobs(model, ids, at, targets):
         """Logprobs and entropy (B, R) of the response tokens `targets` (B, R). `at` (B, R): the index whose hidden state predicts each."""
@@ -150,8 +155,8 @@ def main(argv=None):
             # ---- scores, logprobs, values, rewards, advantages ----
             old_logprobs, entropy = in_micro_batches(lambda *x: response_logprobs(policy, *x), ids, at, targets)
             ref_logprobs, _ = in_micro_batches(lambda *x: response_logprobs(reference, *x), ids, at, targets)
-            old_values, = in_micro_batches(lambda i, a: (value_model(i).gather(1, a),), ids, at)
-            scores, = in_micro_batches(lambda i, n: (at_last(reward_model(i), n),), ids, prompt_lengths + lengths)
+            old_values, = in_micro_batches(lambda i, a: (squash(value_model(i).gather(1, a)),), ids, at)
+            scores, = in_micro_batches(lambda i, n: (squash(at_last(reward_model(i), n)),), ids, prompt_lengths + lengths)
             shaped = ppo.whiten(scores, torch.ones_like(ended)) if config.whiten_scores else scores
             shaped = shaped - config.no_eos_penalty * ~ended
             rewards = ppo.shape_rewards(shaped, old_logprobs, ref_logprobs, response_mask, kl_coef)
@@ -173,7 +178,7 @@ def main(argv=None):
                         mb_logprobs, _ = response_logprobs(policy, ids[mb], at[mb], targets[mb])
                         loss, policy_stats = ppo.policy_loss(mb_logprobs, old_logprobs[mb], advantages[mb], response_mask[mb], config.clip, tokens)
                         loss.backward()
-                        mb_values = value_model(ids[mb]).gather(1, at[mb])
+                        mb_values = squash(value_model(ids[mb]).gather(1, at[mb]))
                         v_loss = ppo.value_loss(mb_values, old_values[mb], returns[mb], response_mask[mb], config.value_clip, tokens)
                         v_loss.backward()
                         for key, value in {**policy_stats, "policy_loss": loss.detach(), "value_loss": v_loss.detach()}.items():

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data import TASKS
 from data.teacher import collect, local
-from nanodistill import run, weights
+from nanodistill import fit, run, weights
 from nanodistill.model import ScalarModel
 from nanodistill.reward import at_last, bce_loss, bt_loss, calibration, measure, score_sequences
 from nanodistill.tokenizer import Tokenizer, pad_batch
@@ -47,7 +47,6 @@ class Config(run.Common):
     warmup: float = run.flag(0.05, "share of the steps in which the learning rate rises")
     weight_decay: float = run.flag(0.0, "AdamW's")
     max_grad_norm: float = run.flag(1.0, "gradients are scaled down to this norm")
-    held_out: float = run.flag(0.05, "share of the questions kept for evaluation; the same ones as in SFT")
     evals: int = run.flag(6, "held-out evaluations in the whole run")
 
 
@@ -56,6 +55,8 @@ TINY = dict(samples=4, max_new_tokens=56, slots=256, epochs=1.0, optimizer="muon
 
 def main(argv=None):
     config = run.parse(Config, __doc__, TINY, argv)
+    if config.dry_run:
+        return print(fit.report("rm", config))
     folder, device, dtype = run.start(config, "rm")
     run.need(folder / "sft" / weights.SINGLE, "train_sft.py", config)
     if (folder / "rm" / weights.SINGLE).exists():
@@ -74,7 +75,7 @@ def main(argv=None):
     for source, rows in (("teacher", teacher_rows), ("student", student_rows)):
         for row in rows:
             prompt = tokenizer.prompt_ids(task.prompt(row["question"]))
-            split = held_out if run.held_out(row["id"], config.held_out) else train
+            split = held_out if run.held_out(row["id"]) else train
             for r in row["responses"]:
                 ids = prompt + tokenizer.encode(r["text"]) + [tokenizer.eos_ids[0]] * r["ended"]
                 split[source].append((row["id"], len(prompt), ids, task.equal(r["answer"], votes[row["id"]])))

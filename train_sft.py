@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from data import TASKS
-from nanodistill import run, weights
+from nanodistill import fit, run, weights
 from nanodistill.losses import linear_cross_entropy
 from nanodistill.tokenizer import Tokenizer, pad_batch
 
@@ -35,15 +35,16 @@ class Config(run.Common):
     warmup: float = run.flag(0.05, "share of the steps in which the learning rate rises")
     weight_decay: float = run.flag(0.0, "AdamW's")
     max_grad_norm: float = run.flag(1.0, "gradients are scaled down to this norm")
-    held_out: float = run.flag(0.05, "share of the questions kept for the held-out loss")
     evals_an_epoch: int = run.flag(2, "held-out evaluations an epoch")
 
 
-TINY = dict(epochs=2.0, learning_rate=5e-4, micro_batch=64)
+TINY = dict(epochs=3.0, learning_rate=5e-4, micro_batch=64)
 
 
 def main(argv=None):
     config = run.parse(Config, __doc__, TINY, argv)
+    if config.dry_run:
+        return print(fit.report("sft", config))
     folder, device, dtype = run.start(config, "sft")
     run.need(folder / "labels.jsonl", "data/teacher.py", config)
     if (folder / "sft" / weights.SINGLE).exists():
@@ -57,7 +58,7 @@ def main(argv=None):
     for row in sorted(run.read_jsonl(folder / "teacher.jsonl"), key=lambda row: row["id"]):
         prompt = tokenizer.prompt_ids(task.prompt(row["question"]))
         good = {r["text"] for r, label in zip(row["responses"], labels.get(row["id"], [])) if label}
-        split = held_out if run.held_out(row["id"], config.held_out) else train
+        split = held_out if run.held_out(row["id"]) else train
         split += [(prompt, tokenizer.encode(text) + [tokenizer.eos_ids[0]]) for text in sorted(good)]
     print(f"sft: {len(train)} responses to train on, {len(held_out)} held out, of {len(labels)} questions")
 

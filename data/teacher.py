@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import TASKS, server
-from nanodistill import run, vote, weights
+from nanodistill import fit, run, vote, weights
 from nanodistill.generate import generate
 from nanodistill.tokenizer import Tokenizer
 
@@ -95,6 +95,8 @@ def label(rows, folder, min_agreement):
 
 def main(argv=None):
     config = run.parse(Config, __doc__, TINY, argv)
+    if config.dry_run:
+        return print(fit.report("teacher", config))
     folder, device, dtype = run.start(config, "teacher")
     task = TASKS[config.task](config.seed, config.data)
     questions = task.questions("train")[:config.questions or None]

@@ -114,22 +114,21 @@ def shape(name, role, revision=""):
     return load_config(folder)
 
 
-def report(stage, config, device, dtype):
+def report(stage, config):
     """A stage's --dry-run as text: what would be loaded, the most tokens of a step, and the memory by part."""
     role = "teacher" if stage == "teacher" else "student"
     name = getattr(config, role)
     model = shape(name, role, config.revision if role == "student" else config.teacher_revision)
-    rows = {"rl": "prompts", "sft": "batch_size", "rm": "batch_size"}.get(stage)
-    sequences = getattr(config, rows) * (config.samples if stage == "rl" else 1) if rows else config.slots
-    length = PROMPT + config.max_new_tokens
-    parts = plan(stage, model, dtype, getattr(config, "micro_batch", 0), getattr(config, "slots", 0), PROMPT, config.max_new_tokens)
-    logits = 4 * getattr(config, "micro_batch", config.slots if hasattr(config, "slots") else 0) * config.max_new_tokens * model.vocab_size
-    loaded = {"rl": "policy and value model trained, reference and reward model frozen", "sft": "trained", "rm": "trunk and a scalar head, trained"}.get(stage, "frozen")
-    lines = [f"{stage} with {role} {name}: {parameters(model):,} parameters ({loaded}); arithmetic in {str(dtype).removeprefix('torch.')} on {device.type}",
-             f"tokens a step: at most {sequences} sequences x ({PROMPT} + {config.max_new_tokens}) = {sequences * length:,}"]
-    lines += [f"  {part:12} {size / 1e9:8.2f} GB" for part, size in parts.items()]
+    dtype = torch.float32 if config.dtype == "fp32" or (config.dtype == "auto" and config.device == "cpu") else torch.bfloat16
+    response, slots = getattr(config, "max_new_tokens", 512), getattr(config, "slots", 0)
+    sequences = config.prompts * config.samples if stage == "rl" else config.batch_size if stage in ("sft", "rm") else slots
+    parts = plan(stage, model, dtype, getattr(config, "micro_batch", 0), slots, PROMPT, response)
+    loaded = {"rl": "policy and value model trained, reference and reward model frozen", "sft": "trained", "rm": "its trunk and a scalar head, trained"}.get(stage, "frozen")
+    lines = [f"{stage} with {role} {name}: {parameters(model):,} parameters ({loaded}); arithmetic in {str(dtype).removeprefix('torch.')}",
+             f"tokens a step: at most {sequences} sequences x ({PROMPT} + {response}) = {sequences * (PROMPT + response):,}",
+             *(f"  {part:12} {size / 1e9:8.2f} GB" for part, size in parts.items())]
     if stage in ("sft", "rl"):
-        lines.append(f"  ({logits / 1e9:.2f} GB of logits and as much again for their gradient are not there: the fused losses never form them)")
+        lines.append(f"  ({8e-9 * config.micro_batch * response * model.vocab_size:.2f} GB of logits and their gradient are not there: the fused losses never form them)")
     fits = [f"{card} GB" for card in CARDS if parts["peak"] < 0.9e9 * card]
-    lines.append(f"an estimate; fits a card of {', '.join(fits)}" if fits else f"an estimate; does not fit a card of {CARDS[-1]} GB")
+    lines.append(f"an estimate, not measured on a card; fits a card of {', '.join(fits)}" if fits else f"an estimate, not measured on a card; does not fit {CARDS[-1]} GB")
     return "\n".join(lines)

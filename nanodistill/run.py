@@ -46,6 +46,7 @@ class Common:
     device: str = flag("auto", "cuda, cpu or auto")
     dtype: str = flag("auto", "of the arithmetic; trained weights stay fp32; auto = bf16 on CUDA, fp32 on CPU", ("auto", "bf16", "fp32"))
     threads: int = flag(0, "CPU threads; 0 = PyTorch's choice")
+    dry_run: bool = flag(False, "say what would be loaded and what memory it takes, and stop; needs no weights")
 
 
 def parse(config_class, doc, tiny=None, argv=None):
@@ -89,7 +90,7 @@ def start(config, stage):
     return folder, device, {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
-def held_out(question_id, share):
+def held_out(question_id, share=0.05):
     """Is a training question among the `share` that no stage trains on? By a hash of its id: the same ones in every stage."""
     return int.from_bytes(hashlib.sha256(question_id.encode()).digest()[:4], "big") < share * 2**32
 
@@ -204,7 +205,7 @@ def need(path, script, config):
         return
     print(f"\n{path} is missing: running {script} first", flush=True)
     command = [sys.executable, str(Path(__file__).parent.parent / script)]
-    for field in dataclasses.fields(Common):
+    for field in dataclasses.fields(Common)[:-1]:                  # all but dry_run
         command += ["--" + field.name.replace("_", "-"), str(getattr(config, field.name))]
     child = subprocess.Popen(command)
     # Ctrl-C reaches the child too: let it save, and end when it has ended. SIGTERM reaches only us, and is passed on.

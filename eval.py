@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from data import TASKS
-from nanodistill import run, vote, weights
+from nanodistill import fit, run, vote, weights
 from nanodistill.generate import generate
 from nanodistill.model import ScalarModel
 from nanodistill.reward import auc, measure, score_sequences
@@ -31,20 +31,11 @@ from nanodistill.tokenizer import Tokenizer
 # ---- config ----
 
 @dataclass
-class Config:
-    student: str = run.flag("tiny", "the base: a preset or an HF folder")
-    teacher: str = run.flag("tiny", "the teacher: a preset or an HF folder")
-    task: str = run.flag("arithmetic", "what is asked", tuple(TASKS))
+class Config(run.Common):
     models: str = run.flag("", "HF folders to compare instead of the run's, separated by commas")
-    questions: int = run.flag(0, "test questions used; 0 = all")
     samples: int = run.flag(8, "k of mean@k, maj@k and pass@k")
     max_new_tokens: int = run.flag(512, "a response is cut off here")
     slots: int = run.flag(64, "sequences sampled at once")
-    seed: int = run.flag(1, "samples and questions")
-    out: str = run.flag("", "run folder; empty = out/<task>-<student>")
-    device: str = run.flag("auto", "cuda, cpu or auto")
-    dtype: str = run.flag("auto", "of the arithmetic; auto = bf16 on CUDA, fp32 on CPU", ("auto", "bf16", "fp32"))
-    threads: int = run.flag(0, "CPU threads; 0 = PyTorch's choice")
 
 
 TINY = dict(max_new_tokens=56, slots=256)
@@ -71,8 +62,8 @@ def paired(a, b, z=1.96):
 
 def true_accuracy(task, split, ids, texts):
     """Share of responses that are right by gold. A diagnostic: what trains gets this number for its log, never the answers."""
-    gold = task.gold(split)
-    return sum(task.equal(task.extract_answer(text), gold[id_]) for id_, text in zip(ids, texts)) / max(len(ids), 1)
+    gold, questions = task.gold(split), {q["id"]: q["question"] for q in task.questions(split)}
+    return sum(task.equal(task.extract_answer(text, questions[id_]), gold[id_]) for id_, text in zip(ids, texts)) / max(len(ids), 1)
 
 
 def sample(model, tokenizer, task, questions, n, temperature, config, generator, description):
@@ -83,20 +74,23 @@ def sample(model, tokenizer, task, questions, n, temperature, config, generator,
                     eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id, generator=generator)
     for i, j, s in tqdm(done, total=n * len(questions), desc=description, unit="response"):
         s.text = tokenizer.decode(s.tokens)
-        s.answer = task.extract_answer(s.text) if s.ended else None
+        s.answer = task.extract_answer(s.text, questions[i]["question"]) if s.ended else None
         rows[i][j] = s
     return rows
 
 
 def main(argv=None):
     config = run.parse(Config, __doc__, TINY, argv)
+    if config.dry_run:
+        return print(fit.report("eval", config))
     folder, device, dtype = run.start(config, "eval")
-    task = TASKS[config.task](seed=config.seed)
+    task = TASKS[config.task](config.seed, config.data)
     metrics, generator = run.Metrics(folder, "eval"), torch.Generator(device).manual_seed(torch.initial_seed())
     if config.models:
         folders = {name: Path(name) for name in config.models.split(",")}
     else:
-        folders = {"teacher": weights.resolve(config.teacher, "teacher"), "base": weights.resolve(config.student, "student"),
+        folders = {} if config.teacher_url else {"teacher": weights.resolve(config.teacher, "teacher", config.teacher_revision)}
+        folders |= {"base": weights.resolve(config.student, "student", config.revision),
                    "sft": folder / "sft", "rl": folder / "rl"}
         folders = {name: path for name, path in folders.items() if (path / "config.json").exists()}
     questions = task.questions("test")[:config.questions or None]

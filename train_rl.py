@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from data import TASKS
 from eval import true_accuracy
-from nanodistill import ppo, run, weights
+from nanodistill import fit, ppo, run, weights
 from nanodistill.generate import generate
 from nanodistill.losses import linear_logprobs
 from nanodistill.model import ScalarModel
@@ -35,11 +35,7 @@ from nanodistill.tokenizer import Tokenizer, pad_batch
 # ---- config ----
 
 @dataclass
-class Config:
-    student: str = run.flag("tiny", "the student's base, should sft/ be missing: a preset or an HF folder")
-    teacher: str = run.flag("tiny", "the teacher, should its samples be missing: a preset or an HF folder")
-    task: str = run.flag("arithmetic", "what is asked", tuple(TASKS))
-    questions: int = run.flag(0, "training questions used; 0 = all")
+class Config(run.Common):
     steps: int = run.flag(200, "PPO steps; one step samples a batch and learns from it")
     prompts: int = run.flag(128, "questions a step")
     samples: int = run.flag(2, "responses to each")
@@ -66,11 +62,6 @@ class Config:
     no_eos_penalty: float = run.flag(2.0, "taken from the (whitened) score of a response that never ends")
     value_from: str = run.flag("reward", "what the value model starts from: the reward model or the policy", ("reward", "policy"))
     save_every: int = run.flag(20, "steps between checkpoints")
-    seed: int = run.flag(1, "prompts, samples, minibatches, and the questions")
-    out: str = run.flag("", "run folder; empty = out/<task>-<student>")
-    device: str = run.flag("auto", "cuda, cpu or auto")
-    dtype: str = run.flag("auto", "of the arithmetic; weights stay fp32; auto = bf16 on CUDA, fp32 on CPU", ("auto", "bf16", "fp32"))
-    threads: int = run.flag(0, "CPU threads; 0 = PyTorch's choice")
 
 
 TINY = dict(steps=60, prompts=256, samples=1, max_new_tokens=56, slots=256, micro_batch=64, learning_rate=1e-4, value_learning_rate=3e-4,
@@ -79,6 +70,8 @@ TINY = dict(steps=60, prompts=256, samples=1, max_new_tokens=56, slots=256, micr
 
 def main(argv=None):
     config = run.parse(Config, __doc__, TINY, argv)
+    if config.dry_run:
+        return print(fit.report("rl", config))
     folder, device, dtype = run.start(config, "rl")
     batch_size = config.prompts * config.samples
     minibatch = batch_size // config.minibatches
@@ -91,7 +84,7 @@ def main(argv=None):
         sys.exit(f"{folder / 'rl'} is complete; delete it to train again. The table: {folder / 'report.md'}")
 
     # ---- data: the questions that have a vote, less the held-out ones ----
-    tokenizer, task = Tokenizer(folder / "sft"), TASKS[config.task](seed=config.seed)
+    tokenizer, task = Tokenizer(folder / "sft"), TASKS[config.task](config.seed, config.data)
     voted = {row["id"] for row in run.read_jsonl(folder / "labels.jsonl") if row["vote"] is not None}
     questions = [q for q in task.questions("train") if q["id"] in voted and not run.held_out(q["id"])]
     prompts = {q["id"]: tokenizer.prompt_ids(task.prompt(q["question"])) for q in questions}

@@ -22,8 +22,8 @@ import torch
 from tqdm import tqdm
 
 from data import TASKS
-from data.teacher import collect
-from nanodistill import run, weights
+from data.teacher import collect, local
+from nanodistill import fit, run, weights
 from nanodistill.model import ScalarModel
 from nanodistill.reward import at_last, bce_loss, bt_loss, calibration, measure, score_sequences
 from nanodistill.tokenizer import Tokenizer, pad_batch
@@ -32,11 +32,7 @@ from nanodistill.tokenizer import Tokenizer, pad_batch
 # ---- config ----
 
 @dataclass
-class Config:
-    student: str = run.flag("tiny", "the student's base, should sft/ be missing")
-    teacher: str = run.flag("tiny", "the teacher, should its samples be missing")
-    task: str = run.flag("arithmetic", "what is asked", tuple(TASKS))
-    questions: int = run.flag(0, "training questions used; 0 = all")
+class Config(run.Common):
     samples: int = run.flag(30, "responses of the SFT student a question")
     max_new_tokens: int = run.flag(512, "a response is cut off here")
     slots: int = run.flag(64, "sequences sampled at once")
@@ -52,11 +48,6 @@ class Config:
     weight_decay: float = run.flag(0.0, "AdamW's")
     max_grad_norm: float = run.flag(1.0, "gradients are scaled down to this norm")
     evals: int = run.flag(6, "held-out evaluations in the whole run")
-    seed: int = run.flag(1, "samples, order of the batches, and the questions")
-    out: str = run.flag("", "run folder; empty = out/<task>-<student>")
-    device: str = run.flag("auto", "cuda, cpu or auto")
-    dtype: str = run.flag("auto", "of the arithmetic; weights stay fp32; auto = bf16 on CUDA, fp32 on CPU", ("auto", "bf16", "fp32"))
-    threads: int = run.flag(0, "CPU threads; 0 = PyTorch's choice")
 
 
 TINY = dict(samples=4, max_new_tokens=56, slots=256, epochs=1.0, optimizer="muon", learning_rate=3e-3, batch_size=128, micro_batch=128)
@@ -64,20 +55,22 @@ TINY = dict(samples=4, max_new_tokens=56, slots=256, epochs=1.0, optimizer="muon
 
 def main(argv=None):
     config = run.parse(Config, __doc__, TINY, argv)
+    if config.dry_run:
+        return print(fit.report("rm", config))
     folder, device, dtype = run.start(config, "rm")
     run.need(folder / "sft" / weights.SINGLE, "train_sft.py", config)
     if (folder / "rm" / weights.SINGLE).exists():
         sys.exit(f"{folder / 'rm'} is complete; delete it to train again")
 
     # ---- data: the student's samples, then {source: [(question id, prompt length, prompt + response ids, label)]}, trained on and held out ----
-    tokenizer, task = Tokenizer(folder / "sft"), TASKS[config.task](seed=config.seed)
+    tokenizer, task = Tokenizer(folder / "sft"), TASKS[config.task](config.seed, config.data)
     metrics = run.Metrics(folder, "rm")
     votes = {row["id"]: row["vote"] for row in run.read_jsonl(folder / "labels.jsonl") if row["vote"] is not None}
     teacher_rows = sorted((row for row in run.read_jsonl(folder / "teacher.jsonl") if row["id"] in votes), key=lambda row: row["id"])
-    student = weights.load(folder / "sft", device=device, dtype=dtype)
+    sampler = local(weights.load(folder / "sft", device=device, dtype=dtype), tokenizer, task, config.max_new_tokens, config.slots)
     student_rows = collect(folder / "student.jsonl", [{"id": row["id"], "question": row["question"]} for row in teacher_rows],
-                           task, tokenizer, student, [1.0] * config.samples, config.max_new_tokens, config.slots, "student")
-    del student
+                           task, sampler, [1.0] * config.samples, "student")
+    del sampler
     train, held_out = {"teacher": [], "student": []}, {"teacher": [], "student": []}
     for source, rows in (("teacher", teacher_rows), ("student", student_rows)):
         for row in rows:

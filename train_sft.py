@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from data import TASKS
-from nanodistill import run, weights
+from nanodistill import fit, run, weights
 from nanodistill.losses import linear_cross_entropy
 from nanodistill.tokenizer import Tokenizer, pad_batch
 
@@ -27,11 +27,7 @@ from nanodistill.tokenizer import Tokenizer, pad_batch
 # ---- config ----
 
 @dataclass
-class Config:
-    student: str = run.flag("tiny", "the base to train: a preset or an HF folder")
-    teacher: str = run.flag("tiny", "the teacher, should its samples be missing")
-    task: str = run.flag("arithmetic", "what is asked", tuple(TASKS))
-    questions: int = run.flag(0, "training questions used; 0 = all")
+class Config(run.Common):
     epochs: float = run.flag(3.0, "passes over the responses; the best held-out loss among the evaluations is kept")
     batch_size: int = run.flag(64, "responses an optimizer step")
     micro_batch: int = run.flag(8, "responses a forward and backward pass; the gradient does not depend on it")
@@ -40,11 +36,6 @@ class Config:
     weight_decay: float = run.flag(0.0, "AdamW's")
     max_grad_norm: float = run.flag(1.0, "gradients are scaled down to this norm")
     evals_an_epoch: int = run.flag(2, "held-out evaluations an epoch")
-    seed: int = run.flag(1, "order of the batches, and the questions")
-    out: str = run.flag("", "run folder; empty = out/<task>-<student>")
-    device: str = run.flag("auto", "cuda, cpu or auto")
-    dtype: str = run.flag("auto", "of the arithmetic; weights stay fp32; auto = bf16 on CUDA, fp32 on CPU", ("auto", "bf16", "fp32"))
-    threads: int = run.flag(0, "CPU threads; 0 = PyTorch's choice")
 
 
 TINY = dict(epochs=3.0, learning_rate=5e-4, micro_batch=64)
@@ -52,14 +43,16 @@ TINY = dict(epochs=3.0, learning_rate=5e-4, micro_batch=64)
 
 def main(argv=None):
     config = run.parse(Config, __doc__, TINY, argv)
+    if config.dry_run:
+        return print(fit.report("sft", config))
     folder, device, dtype = run.start(config, "sft")
     run.need(folder / "labels.jsonl", "data/teacher.py", config)
     if (folder / "sft" / weights.SINGLE).exists():
         sys.exit(f"{folder / 'sft'} is complete; delete it to train again")
 
     # ---- data: (prompt ids, response ids) of each distinct vote-consistent response ----
-    source = weights.resolve(config.student, "student")
-    tokenizer, task = Tokenizer(source), TASKS[config.task](seed=config.seed)
+    source = weights.resolve(config.student, "student", config.revision)
+    tokenizer, task = Tokenizer(source), TASKS[config.task](config.seed, config.data)
     labels = {row["id"]: row["labels"] for row in run.read_jsonl(folder / "labels.jsonl")}
     train, held_out = [], []
     for row in sorted(run.read_jsonl(folder / "teacher.jsonl"), key=lambda row: row["id"]):

@@ -2,14 +2,19 @@
 
     python data/teacher.py                                         the tiny teacher, 10 samples a question
     python data/teacher.py --temperatures 0.7,1.0 --min-agreement 0.5
+    python data/teacher.py --task gsm8k --student 1b --teacher-url http://host:8000/v1 --teacher-model meta-llama/Llama-3.1-70B-Instruct
 
 Reads the task's training questions (never their answers). Writes teacher.jsonl, one line a question as soon as its samples are complete,
 so that an interrupted run asks only for what is missing; and labels.jsonl, one line a question, made anew from teacher.jsonl each time.
-The temperatures are our choice; the paper says only that there are several. A server as the teacher is not here yet.
+The temperatures are our choice; the paper says only that there are several.
+
+With --teacher-url the teacher is whatever model an OpenAI-compatible server serves (its key in OPENAI_API_KEY); each answer is on disk as it comes.
 """
 
 import json
+import os
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,58 +22,61 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import TASKS
-from nanodistill import run, vote, weights
+from data import TASKS, server
+from nanodistill import fit, run, vote, weights
 from nanodistill.generate import generate
 from nanodistill.tokenizer import Tokenizer
 
 
 @dataclass
-class Config:
-    teacher: str = run.flag("tiny", "the teacher: a preset or an HF folder")
-    student: str = run.flag("tiny", "the student; here it only names the run folder")
-    task: str = run.flag("arithmetic", "what is asked", tuple(TASKS))
-    questions: int = run.flag(0, "training questions used; 0 = all")
+class Config(run.Common):
     samples: int = run.flag(10, "responses a question")
     temperatures: str = run.flag("0.7,0.8,0.9,1.0,1.1", "sampling temperatures, taken in turn by a question's samples")
     min_agreement: float = run.flag(0.3, "a question whose winning answer has a smaller share of the samples is dropped")
     max_new_tokens: int = run.flag(512, "a response is cut off here")
-    slots: int = run.flag(64, "sequences sampled at once")
-    seed: int = run.flag(1, "questions and samples follow from it")
-    out: str = run.flag("", "run folder; empty = out/<task>-<student>")
-    device: str = run.flag("auto", "cuda, cpu or auto")
-    dtype: str = run.flag("auto", "of the arithmetic; auto = bf16 on CUDA, fp32 on CPU", ("auto", "bf16", "fp32"))
-    threads: int = run.flag(0, "CPU threads; 0 = PyTorch's choice")
+    slots: int = run.flag(64, "sequences sampled at once, by a teacher in this process")
+    concurrency: int = run.flag(32, "requests under way at once, to a teacher behind a server")
 
 
 TINY = dict(min_agreement=0.4, max_new_tokens=56, slots=256)
 
 
-def collect(path, questions, task, tokenizer, model, temperatures, max_new_tokens, slots, description):
+def local(model, tokenizer, task, max_new_tokens, slots):
+    """A sampler for `collect`: the model in this process."""
+    def sampler(questions, temperatures, seed):
+        generator = torch.Generator(model.head.device).manual_seed(seed)
+        samples = generate(model, [tokenizer.prompt_ids(task.prompt(q["question"])) for q in questions], n=len(temperatures),
+                           temperature=temperatures, max_new_tokens=max_new_tokens, eos_ids=tokenizer.eos_ids,
+                           pad_id=tokenizer.pad_id, slots=slots, generator=generator)
+        for i, j, sample in samples:
+            yield questions[i]["id"], j, tokenizer.decode(sample.tokens), sample.ended, len(sample.tokens)
+    return sampler
+
+
+def collect(path, questions, task, sampler, temperatures, description):
     """Sample each question once at each of `temperatures`, appending a line a question to `path` as soon as it is complete.
 
-    Questions that the file already has are not asked again. Returns the rows {"id", "question", "responses"} in the order of `questions`.
-    Ctrl-C ends the program with what is complete on disk.
+    `sampler(questions, temperatures, seed)` yields (question id, index into temperatures, text, ended, tokens). Questions that the file already has
+    are not asked again. Returns the rows {"id", "question", "responses"} in the order of `questions`. Ctrl-C ends the program with what is complete on disk.
     """
     rows = {row["id"]: row for row in run.read_jsonl(path)}
-    todo = [q for q in questions if q["id"] not in rows]
+    todo = {q["id"]: q for q in questions if q["id"] not in rows}
+    append, waiting, spent, begun = run.Appender(path), {}, 0, time.time()
     # The stream depends on what is there, so a resumed run does not repeat the noise of the first questions on the next.
-    generator = torch.Generator(model.head.device).manual_seed(torch.initial_seed() + len(rows))
-    append, waiting = run.Appender(path), {}
-    samples = generate(model, [tokenizer.prompt_ids(task.prompt(q["question"])) for q in todo], n=len(temperatures),
-                       temperature=temperatures, max_new_tokens=max_new_tokens, eos_ids=tokenizer.eos_ids,
-                       pad_id=tokenizer.pad_id, slots=slots, generator=generator)
+    samples = sampler(list(todo.values()), temperatures, torch.initial_seed() + len(rows))
     with run.interruptible() as stop, tqdm(total=len(questions), initial=len(questions) - len(todo), desc=description, unit="q") as bar:
-        for i, j, sample in samples:
-            text = tokenizer.decode(sample.tokens)
-            waiting.setdefault(i, {})[j] = {"text": text, "temperature": temperatures[j], "ended": sample.ended,
-                                            "answer": task.extract_answer(text) if sample.ended else None}
-            if len(waiting[i]) == len(temperatures):
-                responses = waiting.pop(i)
-                rows[todo[i]["id"]] = {**todo[i], "responses": [responses[k] for k in range(len(temperatures))]}
-                append(rows[todo[i]["id"]])
+        for id_, j, text, ended, tokens in samples:
+            waiting.setdefault(id_, {})[j] = {"text": text, "temperature": temperatures[j], "ended": ended,
+                                              "answer": task.extract_answer(text, todo[id_]["question"]) if ended else None}
+            spent += tokens
+            if len(waiting[id_]) == len(temperatures):
+                responses = waiting.pop(id_)
+                rows[id_] = {**todo[id_], "responses": [responses[k] for k in range(len(temperatures))]}
+                append(rows[id_])
                 bar.update()
+                bar.set_postfix_str(f"{spent / (time.time() - begun):.0f} tokens/s", refresh=False)
             if stop():
+                samples.close()
                 sys.exit(f"stopped: {len(rows)} questions are in {path}; the same command goes on")
     return [rows[q["id"]] for q in questions]
 
@@ -87,15 +95,24 @@ def label(rows, folder, min_agreement):
 
 def main(argv=None):
     config = run.parse(Config, __doc__, TINY, argv)
+    if config.dry_run:
+        return print(fit.report("teacher", config))
     folder, device, dtype = run.start(config, "teacher")
-    task, source = TASKS[config.task](seed=config.seed), weights.resolve(config.teacher, "teacher")
+    task = TASKS[config.task](config.seed, config.data)
     questions = task.questions("train")[:config.questions or None]
     metrics = run.Metrics(folder, "teacher")
     temperatures = [float(t) for t in config.temperatures.split(",")]
     temperatures = [temperatures[j % len(temperatures)] for j in range(config.samples)]
-    tokenizer, model = Tokenizer(source), weights.load(source, device=device, dtype=dtype)
-    rows = collect(folder / "teacher.jsonl", questions, task, tokenizer, model, temperatures,
-                   config.max_new_tokens, config.slots, "teacher")
+    if config.teacher_url:
+        def sampler(questions, temperatures, seed):
+            return server.generate(config.teacher_url, config.teacher_model, os.environ.get("OPENAI_API_KEY", ""),
+                                   {q["id"]: task.prompt(q["question"]) for q in questions}, temperatures, config.max_new_tokens,
+                                   folder / "teacher.part.jsonl", config.concurrency, seed=seed)
+    else:
+        source = weights.resolve(config.teacher, "teacher", config.teacher_revision)
+        sampler = local(weights.load(source, device=device, dtype=dtype), Tokenizer(source), task, config.max_new_tokens, config.slots)
+    rows = collect(folder / "teacher.jsonl", questions, task, sampler, temperatures, "teacher")
+    (folder / "teacher.part.jsonl").unlink(missing_ok=True)
 
     votes = label(rows, folder, config.min_agreement)
     measured = vote.summary(votes)

@@ -29,8 +29,8 @@ def _logprobs_chunk(hidden, weight, targets, temperature):
     """(n, D), (V, D), (n,) -> logprobs (n,), entropy (n,)."""
     logits = _logits(hidden, weight, temperature)
     normalizer = logits.logsumexp(dim=-1)
-    logprobs = logits.gather(1, targets[:, None]).squeeze(1) - normalizer
-    probabilities = (logits - normalizer[:, None]).exp()
+    logprobs = logits.gather(1, targets.unsqueeze(1)).squeeze(1) - normalizer
+    probabilities = (logits - normalizer.unsqueeze(1)).exp()
     return logprobs, normalizer - (probabilities * logits).sum(dim=-1)       # H = log Z - E[logit]
 
 
@@ -38,8 +38,8 @@ def _gradient_chunk(hidden, weight, targets, temperature, scale):
     """Gradients of sum(scale * logprobs) with respect to hidden (n, D) and, in fp32, weight (V, D)."""
     logits = _logits(hidden, weight, temperature)
     gradient = -logits.softmax(dim=-1)
-    gradient.scatter_add_(1, targets[:, None], torch.ones_like(gradient[:, :1]))
-    gradient = (gradient * (scale / temperature)[:, None]).to(hidden.dtype)  # d sum / d logits, (n, V)
+    gradient.scatter_add_(1, targets.unsqueeze(1), torch.ones_like(targets, dtype=torch.float32).unsqueeze(1))
+    gradient = (gradient * (scale / temperature).unsqueeze(1)).to(hidden.dtype)  # d sum / d logits, (n, V)
     return gradient @ weight.to(hidden.dtype), (gradient.T @ hidden).float()
 
 
@@ -54,8 +54,7 @@ def _run(function, hidden, *args):
 
 def _chunks(hidden, targets, *more):
     """Slices of CHUNK tokens; on CUDA the last one is filled up, so that each has the same shape. Yields (n real, slices)."""
-    for start in range(0, len(targets), CHUNK):
-        parts = [x[start:start + CHUNK] for x in (hidden, targets, *more)]
+    for parts in zip(*(x.split(CHUNK) for x in (hidden, targets, *more))):
         real = len(parts[1])
         if hidden.is_cuda and real < CHUNK:
             parts = [F.pad(x, (0, 0) * (x.dim() - 1) + (0, CHUNK - real)) for x in parts]
@@ -70,9 +69,9 @@ class _CrossEntropy(torch.autograd.Function):
         start, one = 0, hidden.new_ones((), dtype=torch.float32)
         scale = torch.full((len(targets),), -1.0, device=hidden.device) / denominator
         for real, (h, t, s) in _chunks(hidden, targets, scale):
-            loss -= _run(_logprobs_chunk, h, weight, t, one)[0][:real].sum()
+            loss -= _run(_logprobs_chunk, h, weight, t, one)[0].narrow(0, 0, real).sum()
             dh, dw = _run(_gradient_chunk, h, weight, t, one, s)   # a filled-up row has scale 0 and adds nothing
-            hidden_gradient[start:start + real] = dh[:real]
+            hidden_gradient.narrow(0, start, real).copy_(dh.narrow(0, 0, real))
             weight_gradient += dw
             start += real
         ctx.save_for_backward(hidden_gradient, weight_gradient.to(weight.dtype))
@@ -102,12 +101,8 @@ class _Logprobs(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, temperature):
         temperature = torch.tensor(float(temperature), device=hidden.device)
         ctx.save_for_backward(hidden, weight, targets, temperature)
-        logprobs, entropy = torch.empty(2, len(targets), device=hidden.device)
-        start = 0
-        for real, (h, t) in _chunks(hidden, targets):
-            l, e = _run(_logprobs_chunk, h, weight, t, temperature)
-            logprobs[start:start + real], entropy[start:start + real] = l[:real], e[:real]
-            start += real
+        parts = [[x.narrow(0, 0, real) for x in _run(_logprobs_chunk, h, weight, t, temperature)] for real, (h, t) in _chunks(hidden, targets)]
+        logprobs, entropy = (torch.cat(x) for x in zip(*parts))
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
@@ -118,7 +113,7 @@ class _Logprobs(torch.autograd.Function):
         start = 0
         for real, (h, t, s) in _chunks(hidden, targets, gradient.contiguous()):
             dh, dw = _run(_gradient_chunk, h, weight, t, temperature, s)
-            hidden_gradient[start:start + real] = dh[:real]
+            hidden_gradient.narrow(0, start, real).copy_(dh.narrow(0, 0, real))
             weight_gradient += dw
             start += real
         return hidden_gradient, weight_gradient.to(weight.dtype), None, None

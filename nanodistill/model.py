@@ -5,7 +5,8 @@
 
 What the architecture is, bottom to top: token embedding, then in each layer RMSNorm -> grouped-query attention with rotary
 positions -> residual, RMSNorm -> SwiGLU MLP -> residual, then a last RMSNorm and a head. Parameter names are those of
-transformers' `LlamaForCausalLM` and `LlamaForSequenceClassification`, so loading is a copy by name.
+transformers' `LlamaForCausalLM` and `LlamaForSequenceClassification`, so loading is a copy by name. Three families differ from Llama in
+one detail or none: Qwen2's query, key and value layers have a bias, Qwen3 norms each head's queries and keys, Mistral is as Llama.
 
 Numbers: the weights may be kept in fp32 (training: the master copy the optimizer updates) while the arithmetic runs in another
 dtype (`dtype="bf16"` on GPUs): each weight is cast where it is used, and nothing depends on autocast's lists.
@@ -40,16 +41,17 @@ class Config:
     rope_scaling: dict | None = None       # None, or Llama 3's {"rope_type": "llama3", "factor", "low_freq_factor", ...}
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
+    model_type: str = "llama"              # or "mistral", "qwen2", "qwen3"
 
 
 class Linear(nn.Linear):
-    """A bias-free linear layer whose weight is cast to the dtype of its input."""
+    """A linear layer, without bias unless asked for, whose weights are cast to the dtype of its input."""
 
-    def __init__(self, in_features, out_features):
-        super().__init__(in_features, out_features, bias=False)
+    def __init__(self, in_features, out_features, bias=False):
+        super().__init__(in_features, out_features, bias)
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class RMSNorm(nn.Module):
@@ -82,7 +84,7 @@ def rope_frequencies(config):
 
 
 def rotate(x, cos, sin):
-    """Rotate channel pairs (i, i + head_dim/2) of x (B, heads, T, head_dim) by the angles in cos, sin (B or 1, 1, T, head_dim)."""
+    """Rotate channel pairs (i, i + head_dim/2) of x (B, heads, T, head_dim) by the angles in cos, sin (T, head_dim) or (B, 1, T, head_dim)."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -126,17 +128,20 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.q_proj = Linear(config.hidden_size, self.heads * self.head_dim)
-        self.k_proj = Linear(config.hidden_size, self.kv_heads * self.head_dim)
-        self.v_proj = Linear(config.hidden_size, self.kv_heads * self.head_dim)
+        bias, norms = config.model_type == "qwen2", config.model_type == "qwen3"
+        self.q_proj = Linear(config.hidden_size, self.heads * self.head_dim, bias)
+        self.k_proj = Linear(config.hidden_size, self.kv_heads * self.head_dim, bias)
+        self.v_proj = Linear(config.hidden_size, self.kv_heads * self.head_dim, bias)
         self.o_proj = Linear(self.heads * self.head_dim, config.hidden_size)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if norms else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if norms else nn.Identity()
 
     def forward(self, x, cos, sin, cache=None, positions=None, mask=None):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.heads, self.head_dim).transpose(1, 2)     # (B, H, T, head_dim)
         k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, head_dim)
         v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         if cache is not None:
             k, v = cache.update(self.layer, k, v, positions)                         # (B, K, S, head_dim)
         if T == 1:
@@ -199,7 +204,7 @@ class Trunk(nn.Module):
         if self.angles.device != ids.device:
             self.angles = self.angles.to(ids.device)                                 # not a buffer: `.to(bf16)` must not round it
         if cache is None:
-            angles, mask = self.angles[:T][None, None], None                         # (1, 1, T, head_dim)
+            angles, mask = self.angles.narrow(0, 0, T), None                         # (T, head_dim), broadcasts against (B, heads, T, head_dim)
         else:
             angles = self.angles[positions][:, None]                                 # (B, 1, T, head_dim)
             slots = torch.arange(cache.k.shape[3], device=ids.device)                # (S,)
@@ -246,10 +251,10 @@ class ScalarModel(nn.Module):
 
 
 def init_weights(model, generator=None, std=0.02):
-    """Normal(0, std) matrices and unit norms; a scalar head starts at zero, so that a fresh reward or value is 0 everywhere."""
+    """Normal(0, std) matrices, zero biases, unit norms; a scalar head starts at zero, so that a fresh reward or value is 0 everywhere."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name == "score.weight":
+            if name == "score.weight" or name.endswith("bias"):
                 parameter.zero_()
             elif parameter.dim() == 2:
                 parameter.normal_(0.0, std, generator=generator)

@@ -23,12 +23,30 @@ from pathlib import Path
 import torch
 from nanodistill.weights import write_atomic
 
-COMMON = ("student", "teacher", "task", "seed", "out", "questions", "device", "dtype", "threads")  # flags every stage takes
-
 
 def flag(default, help, choices=None):
     """A dataclass field that `parse` turns into a command-line flag."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclasses.dataclass
+class Common:
+    """The flags of every stage, handed on to the stage before it. Each script's Config adds its own."""
+    student: str = flag("tiny", "the student's base: tiny, 135m, 0.5b, 1b, 3b, 8b, a hub name, or an HF folder")
+    revision: str = flag("", "branch, tag or commit of the student on the hub; empty = its main branch")
+    teacher: str = flag("tiny", "the teacher, named in the same way")
+    teacher_revision: str = flag("", "branch, tag or commit of the teacher on the hub")
+    teacher_url: str = flag("", "the teacher is behind this OpenAI-compatible server instead, such as http://host:8000/v1")
+    teacher_model: str = flag("", "its name on that server")
+    task: str = flag("arithmetic", "what is asked", ("arithmetic", "gsm8k", "mmlu_pro"))
+    data: str = flag("", "folder with the task's rows, <split>.jsonl or <split>*.parquet; empty = the hub")
+    questions: int = flag(0, "questions used of the stage's split; 0 = all")
+    seed: int = flag(1, "samples, order of the batches, and the embedded task's questions")
+    out: str = flag("", "run folder; empty = out/<task>-<student>")
+    device: str = flag("auto", "cuda, cpu or auto")
+    dtype: str = flag("auto", "of the arithmetic; trained weights stay fp32; auto = bf16 on CUDA, fp32 on CPU", ("auto", "bf16", "fp32"))
+    threads: int = flag(0, "CPU threads; 0 = PyTorch's choice")
+    dry_run: bool = flag(False, "say what would be loaded and what memory it takes, and stop; needs no weights")
 
 
 def parse(config_class, doc, tiny=None, argv=None):
@@ -187,8 +205,8 @@ def need(path, script, config):
         return
     print(f"\n{path} is missing: running {script} first", flush=True)
     command = [sys.executable, str(Path(__file__).parent.parent / script)]
-    for name in COMMON:
-        command += ["--" + name, str(getattr(config, name))]
+    for field in dataclasses.fields(Common)[:-1]:                  # all but dry_run
+        command += ["--" + field.name.replace("_", "-"), str(getattr(config, field.name))]
     child = subprocess.Popen(command)
     # Ctrl-C reaches the child too: let it save, and end when it has ended. SIGTERM reaches only us, and is passed on.
     before = {s: signal.signal(s, lambda number, frame: number == signal.SIGTERM and child.terminate())

@@ -55,8 +55,12 @@ class Tokenizer:
         if stops is None:
             raise ValueError(f"{folder}: no eos_token_id in generation_config.json or config.json: nothing would end a response.")
         self.eos_ids = list(stops) if isinstance(stops, list) else [stops]
-        # A chat model is trained to end its turn with the token its template closes a turn with, tokenizer_config's eos_token.
-        own = self.special_ids.get(self.eos)
+        template = folder / "chat_template.jinja"
+        template = template.read_text(encoding="utf-8") if template.exists() else config.get("chat_template")
+        if isinstance(template, list):                           # several named templates: [{"name", "template"}]
+            template = {t["name"]: t["template"] for t in template}["default"]
+        self.template = _compile(template) if template else None
+        own = self._end_of_turn()
         if own in self.eos_ids:
             self.eos_ids = [own] + [i for i in self.eos_ids if i != own]
 
@@ -64,15 +68,24 @@ class Tokenizer:
         candidates = [pad, self.special_ids.get(self.bos), *range(len(self.eos_ids) + 1)]
         self.pad_id = next(i for i in candidates if i is not None and i not in self.eos_ids)
 
-        template = folder / "chat_template.jinja"
-        template = template.read_text(encoding="utf-8") if template.exists() else config.get("chat_template")
-        if isinstance(template, list):                           # several named templates: [{"name", "template"}]
-            template = {t["name"]: t["template"] for t in template}["default"]
-        self.template = _compile(template) if template else None
-
     @property
     def vocab_size(self):
         return self.tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def _end_of_turn(self):
+        """Id of the special token that the template closes an answer with; tokenizer_config's eos_token without a template."""
+        if self.template is not None:
+            _, _, after = self._render([{"role": "user", "content": "Q"}, {"role": "assistant", "content": "\ue000"}], False).partition("\ue000")
+            found = re.search("|".join(map(re.escape, sorted(self.special_ids, key=len, reverse=True))) or "$^", after)
+            if found:
+                return self.special_ids[found[0]]
+        return self.special_ids.get(self.eos)
+
+    def _render(self, messages, add_generation_prompt):
+        try:
+            return self.template.render(messages=messages, add_generation_prompt=add_generation_prompt, bos_token=self.bos or "", eos_token=self.eos or "")
+        except TemplateError as error:
+            raise ValueError(f"the chat template failed: {error}") from error
 
     def encode(self, text):
         """Text -> ids, without BOS or EOS; a special token's text is read as text."""
@@ -86,11 +99,7 @@ class Tokenizer:
         """The prompt as text: the chat template with one user message and the opening of the answer; BOS + message without one."""
         if self.template is None:
             return (self.bos or "") + message
-        try:
-            return self.template.render(messages=[{"role": "user", "content": message}], add_generation_prompt=True,
-                                        bos_token=self.bos or "", eos_token=self.eos or "")
-        except TemplateError as error:
-            raise ValueError(f"the chat template failed: {error}") from error
+        return self._render([{"role": "user", "content": message}], True)
 
     def prompt_ids(self, message):
         """Prompt ids of one user message. Special tokens come from the template alone.

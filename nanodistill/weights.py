@@ -1,12 +1,12 @@
 """An HF folder in, an HF folder out: config.json, safetensors (one file, or shards with an index), tokenizer files.
 
 `load` is a copy by name: a key that is missing, left over or of the wrong shape is an error that names it. Weights are read tensor
-by tensor into their place, and never unpickled. `save` writes what transformers loads as LlamaForCausalLM or
-LlamaForSequenceClassification; each file is complete or absent, and the weights come last, so a folder with weights is whole.
+by tensor into their place, and never unpickled. `save` writes what transformers loads as its model of the same family; each file is complete or absent, and the weights come last, so a folder with weights is whole.
 """
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -18,7 +18,9 @@ from nanodistill.tokenizer import FILES as TOKENIZER_FILES
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-PRESETS = {"tiny": Path(__file__).parent.parent / "data" / "tiny"}  # a folder with the folders "teacher" and "student"
+TINY = Path(__file__).parent.parent / "data" / "tiny"            # a folder with the folders "teacher" and "student"
+PRESETS = {"135m": "HuggingFaceTB/SmolLM2-135M-Instruct", "0.5b": "Qwen/Qwen2.5-0.5B-Instruct", "1b": "meta-llama/Llama-3.2-1B-Instruct",
+           "3b": "meta-llama/Llama-3.2-3B-Instruct", "8b": "meta-llama/Llama-3.1-8B-Instruct"}
 
 
 def write_atomic(path, data):
@@ -32,35 +34,62 @@ def write_atomic(path, data):
     os.replace(beside, path)
 
 
-def resolve(name, role):
-    """The folder a `--student` or `--teacher` value means: a preset, or a folder. `role` is "student" or "teacher"."""
-    folder = PRESETS[name] / role if name in PRESETS else Path(name)
-    if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"--{role} {name}: neither a preset ({', '.join(PRESETS)}) nor a folder with a config.json.")
-    return folder
+def resolve(name, role, revision=""):
+    """The folder that a `--student` or `--teacher` value means: a preset, a folder, or a hub name ("org/model"), which is downloaded.
+
+    `role` is "student" or "teacher". Downloads show their progress, go on where they broke off, and are kept in the hub's cache
+    (HF_HOME; HF_HUB_OFFLINE=1 reads that alone). Exits with what to do where the hub does not give the model.
+    """
+    if name == "tiny":
+        return TINY / role
+    if (Path(name) / "config.json").exists():
+        return Path(name)
+    repository = PRESETS.get(name, name)
+    if Path(name).exists() or repository.count("/") != 1 or repository.startswith((".", "/", "~")):
+        sys.exit(f"--{role} {name}: not a preset (tiny, {', '.join(PRESETS)}), not a folder with a config.json, and not a hub name (organisation/model).")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=[*TOKENIZER_FILES, "config.json", "model*.safetensors", INDEX]))
+    except GatedRepoError:
+        sys.exit(f"{repository} is gated. 1. Ask for access at https://huggingface.co/{repository} and wait for the mail that grants it. "
+                 "2. Log in on this machine: hf auth login (or set HF_TOKEN). Then run the same command.")
+    except RepositoryNotFoundError:
+        sys.exit(f"--{role} {name}: the hub has no model {repository}, or it is private: hf auth login (or set HF_TOKEN).")
+    except RevisionNotFoundError:
+        sys.exit(f"--{role} {name}: {repository} has no revision {revision!r}.")
+    except LocalEntryNotFoundError as error:
+        sys.exit(f"--{role} {name}: {repository} is not in the hub's cache and cannot be downloaded: {error}")
+
+
+# What a config may ask for, where transformers' models of these families would compute something else. A key that is absent or null asks for nothing.
+KNOWN = {"model_type": ("llama", "mistral", "qwen2", "qwen3"), "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "pretraining_tp": (1,),
+         "use_sliding_window": (False,), "partial_rotary_factor": (1.0,), "rope_interleaved": (False,), "num_experts": (0,), "num_local_experts": (0,),
+         "attn_logit_softcapping": (), "final_logit_softcapping": (), "quantization_config": (), "is_encoder_decoder": (False,)}
+ROPE = {"rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 
 
 def load_config(folder):
-    """config.json -> Config. Raises ValueError for what the model does not compute, rather than compute something else."""
-    raw = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    """config.json -> Config. Raises ValueError that names what the model does not compute, rather than compute something else."""
+    raw = {key: value for key, value in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).items() if value is not None}
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    expected = {"model_type": ("llama",), "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)}
-    wrong = [f"{key} = {raw[key]!r}" for key, known in expected.items() if raw.get(key, known[0]) not in known]
-    if kind not in ("default", "llama3"):
-        wrong.append(f"rope_type = {kind!r}")
-    if wrong:
-        raise ValueError(f"{folder}/config.json asks for what this model does not do: {', '.join(wrong)}")
+    kind, family, positions = rope.get("rope_type", rope.get("type", "default")), raw.get("model_type"), raw.get("max_position_embeddings", 2048)
+    wrong = [f"{key} = {raw[key]!r}" for key, known in KNOWN.items() if key in raw and raw[key] not in known]
+    wrong += [f"rope_type = {kind!r}"] * (kind not in ("default", "llama3")) + [f"rope {key}" for key in sorted(rope.keys() - ROPE)]
+    wrong += [f"layer_types with {kinds}" for kinds in sorted({*raw.get("layer_types", [])} - {"full_attention"})]
+    if family == "mistral" and raw.get("sliding_window", positions) < positions:
+        wrong.append(f"sliding_window = {raw['sliding_window']}")
+    if wrong or not family:
+        raise ValueError(f"{folder}/config.json asks for what this model does not do: {', '.join(wrong) or 'it names no model_type'}")
     heads = raw["num_attention_heads"]
     return Config(
         vocab_size=raw["vocab_size"], hidden_size=raw["hidden_size"], intermediate_size=raw["intermediate_size"],
         num_hidden_layers=raw["num_hidden_layers"], num_attention_heads=heads,
-        num_key_value_heads=raw.get("num_key_value_heads") or heads,
+        num_key_value_heads=raw.get("num_key_value_heads", heads) if family == "llama" else raw["num_key_value_heads"],
         head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
         rms_norm_eps=raw.get("rms_norm_eps", 1e-6), rope_theta=raw.get("rope_theta") or rope.get("rope_theta", 10000.0),
-        rope_scaling=rope if kind == "llama3" else None,
-        max_position_embeddings=raw.get("max_position_embeddings", 2048),
-        tie_word_embeddings=raw.get("tie_word_embeddings", False))
+        rope_scaling=rope if kind == "llama3" else None, max_position_embeddings=positions,
+        tie_word_embeddings=raw.get("tie_word_embeddings", False), model_type=family)
 
 
 def _files(folder):
@@ -131,8 +160,8 @@ def save(model, folder, tokenizer_from, dtype=None, shard_bytes=5 * 10**9):
 
     special = json.loads((source / "config.json").read_text(encoding="utf-8")) if (source / "config.json").exists() else {}
     raw = {
-        "architectures": ["LlamaForCausalLM" if isinstance(model, CausalLM) else "LlamaForSequenceClassification"],
-        "model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, **vars(config),
+        "architectures": [config.model_type.capitalize() + ("ForCausalLM" if isinstance(model, CausalLM) else "ForSequenceClassification")],
+        "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "sliding_window": None, **vars(config),
         "torch_dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch."),
         **{key: special[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in special}}
     if isinstance(model, ScalarModel):

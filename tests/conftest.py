@@ -18,8 +18,9 @@ def random_model(kind=CausalLM, seed=0, **changes):
     config = Config(**{**dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                               num_key_value_heads=2, head_dim=8, max_position_embeddings=128), **changes})
     model = init_weights(kind(config), torch.Generator().manual_seed(seed), std=0.3).eval()
-    if hasattr(model, "score"):
-        torch.nn.init.normal_(model.score.weight, std=0.3)
+    for name, parameter in model.named_parameters():
+        if name == "score.weight" or parameter.dim() == 1:                # norms and biases too: ones and zeros would hide a missing one
+            torch.nn.init.normal_(parameter, mean=float(name.endswith("norm.weight")), std=0.3, generator=torch.Generator().manual_seed(seed))
     return model
 
 

@@ -9,6 +9,9 @@ from nanodistill.weights import load, save
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 CASES = {
+    "qwen2": dict(model_type="qwen2", tie_word_embeddings=True),
+    "qwen3": dict(model_type="qwen3", head_dim=16),
+    "mistral": dict(model_type="mistral"),
     "untied": dict(tie_word_embeddings=False),
     "tied": dict(tie_word_embeddings=True),
     "grouped queries": dict(num_attention_heads=8, num_key_value_heads=2, head_dim=4),

@@ -1,6 +1,7 @@
 """HF folders: round trips, shards, and the errors that name what is wrong."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from conftest import random_model
 from safetensors.torch import load_file, save_file
 
 from nanodistill.model import CausalLM, ScalarModel
-from nanodistill.weights import load, load_config, save, write_atomic
+from nanodistill import fit
+from nanodistill.weights import load, load_config, resolve, save, write_atomic
 
 
 @pytest.fixture
@@ -35,13 +37,48 @@ def test_wrong_keys_are_errors_that_name_them(folder, change, words):
 
 
 @pytest.mark.parametrize("key, value", [("hidden_act", "gelu"), ("attention_bias", True), ("model_type", "mixtral"),
-                                        ("rope_scaling", {"rope_type": "yarn", "factor": 2.0})])
+                                        ("rope_scaling", {"rope_type": "yarn", "factor": 2.0}), ("final_logit_softcapping", 30.0), ("num_local_experts", 8),
+                                        ("quantization_config", {"rope_type": "fp8"}), ("use_sliding_window", True), ("layer_types", ["sliding_attention"]),
+                                        ("partial_rotary_factor", 0.5)])
 def test_config_that_asks_for_something_else_is_refused(folder, key, value):
     raw = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**raw, key: value}))
-    with pytest.raises(ValueError, match=str(value["rope_type"] if isinstance(value, dict) else value)):
+    with pytest.raises(ValueError, match=re.escape(str(value["rope_type"] if isinstance(value, dict) else value[0] if isinstance(value, list) else value))):
         load_config(folder)
 
+
+def test_a_mistral_window_is_refused_where_it_is_active(folder):
+    raw = {**json.loads((folder / "config.json").read_text()), "model_type": "mistral"}
+    (folder / "config.json").write_text(json.dumps({**raw, "sliding_window": 128}))       # as long as the positions
+    assert load_config(folder).model_type == "mistral"
+    (folder / "config.json").write_text(json.dumps({**raw, "sliding_window": 127}))
+    with pytest.raises(ValueError, match="sliding_window = 127"):
+        load_config(folder)
+
+
+def test_names_that_mean_no_model_exit_with_what_to_do(monkeypatch):
+    import httpx2
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+
+    with pytest.raises(SystemExit, match="not a preset"):
+        resolve("no-such-thing", "student")
+    for error, words in ((GatedRepoError("gated", response=httpx2.Response(403, request=httpx2.Request("GET", "http://x"))), "hf auth login"),
+                         (LocalEntryNotFoundError("offline"), "not in the hub's cache")):
+        def fail(*args, error=error, **kwargs):
+            raise error
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+        with pytest.raises(SystemExit, match=words):
+            resolve("1b", "student")
+
+
+def test_dry_run_counts_the_presets_parameters():
+    """The counts that the models' hub pages state."""
+    assert {name: fit.parameters(config) for name, config in fit.SHAPES.items()} == {
+        "135m": 134_515_008, "0.5b": 494_032_768, "1b": 1_235_814_400, "3b": 3_212_749_824, "8b": 8_030_261_248}
+    parts = fit.plan("rl", fit.SHAPES["135m"], torch.bfloat16, 2, 4, 32, 32)
+    assert parts["weights"] == 134_515_008 * 12 and parts["optimizer"] == 134_515_008 * 16 and parts["KV cache"] == 2 * 30 * 4 * 3 * 64 * 64 * 2
+    assert fit.plan("sft", fit.SHAPES["135m"], torch.bfloat16, 4, 4, 32, 32)["activations"] > parts["activations"] > 0
 
 def test_shards_hold_the_same_weights_and_load_in_transformers(folder, tmp_path, tokenizer_folder):
     model, sharded = load(folder), tmp_path / "sharded"

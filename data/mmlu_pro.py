@@ -1,0 +1,95 @@
+"""MMLU-Pro (arXiv 2406.01574): 12,032 multiple-choice questions of 14 subjects with 3 to 10 options; the answer is a letter.
+
+Rows come from the hub (TIGER-Lab/MMLU-Pro, parquet: the [data] extra) or from a folder with test*.parquet or test.jsonl (`--data`). The data
+set has no training split, so we declare one: a hash of the question id sends two questions in three to "train", the others to "test". The split is
+ours and does not depend on a run's seed: figures from it do not compare with figures on all 12,032.
+The interface is that of every task (data/arithmetic.py); here the question's text holds the lettered options.
+"""
+
+import hashlib
+import re
+
+from data.rows import read_rows
+
+LETTERS = "ABCDEFGHIJ"
+INSTRUCTION = 'Think step by step. Then finish with "The answer is (X)", where X is the letter of the right option.'
+
+OPTION = re.compile(r"^([A-J])\. (.*)$", re.MULTILINE)
+REACH = 1000                                                    # characters looked at after "answer is"
+BEFORE = re.compile(r"^(?:[\s*_`$#>(\[{]|\\(?:boxed|text|textbf|mathrm)\{|\\\(|(?:option|choice|letter)\s)+", re.IGNORECASE)
+ALONE = re.compile(r"([A-J])(?:[)\]}.,:;*_$`\"'\\!](?!\w)|\s*$)")           # C   C.   C)   C: the text
+SPOKEN = re.compile(r"([B-HJ]|[AI](?=\s(?:because|since|as|and|which)\b))\s")  # C because; but not the article or the pronoun
+
+
+def split_of(question_id):
+    """ "train" (two in three) or "test", by a hash of the question id and this split's name."""
+    return "test" if hashlib.sha256(f"nanodistill mmlu_pro 1 {question_id}".encode()).digest()[0] % 3 == 0 else "train"
+
+
+def normal(text):
+    """Text for comparing an answer with an option: case, white space and punctuation at the ends do not count."""
+    return " ".join(text.casefold().split()).strip(" .,:;!*_`$\"'()")
+
+
+class MMLUPro:
+    """`data`: a folder with the rows, or "" for the hub. `seed` changes nothing. `flawed`: keep rows that contradict themselves."""
+    name = "mmlu_pro"
+
+    def __init__(self, seed=0, data="", flawed=False):
+        self.data, self.flawed, self.loaded = data, flawed, None
+
+    def rows(self, split):
+        """{id: (question with its options, gold letter)}; read once. A row whose letter and index disagree, or point outside of the options, or
+        whose right option stands twice, is reported and, unless `flawed`, left out."""
+        if self.loaded is None:
+            self.loaded, bad = {"train": {}, "test": {}}, []
+            for row in read_rows(self.data, "TIGER-Lab/MMLU-Pro", "data/test-*.parquet", "test"):
+                options, index = row["options"], row["answer_index"]
+                sound = 0 <= index < len(options) and LETTERS[index] == row["answer"] and options.count(options[index]) == 1
+                if not sound:
+                    bad.append(str(row["question_id"]))
+                if sound or self.flawed:
+                    lines = [f"{letter}. {' '.join(option.split())}" for letter, option in zip(LETTERS, options)]
+                    self.loaded[split_of(row["question_id"])][f"mmlu_pro-{row['question_id']}"] = "\n".join([row["question"], "", *lines]), row["answer"]
+            if bad:
+                print(f"mmlu_pro: question_id {', '.join(bad)} contradict themselves{'' if self.flawed else ': left out'}")
+        return self.loaded[split]
+
+    def questions(self, split):
+        """[{"id", "question"}] of the split, "train" or "test". Without answers."""
+        return [{"id": id_, "question": question} for id_, (question, _) in self.rows(split).items()]
+
+    def gold(self, split):
+        """{id: letter}. For evaluation and diagnostics only: nothing that trains may call it."""
+        return {id_: answer for id_, (_, answer) in self.rows(split).items()}
+
+    def prompt(self, question):
+        """The user's message that asks a model the question."""
+        return f"{question}\n\n{INSTRUCTION}"
+
+    def extract_answer(self, text, question=""):
+        """The letter that a response ends on, or None. Never raises; linear in len(text).
+
+        Looked for after the last "answer is" (or "answer:"), else on the last line: a letter by itself ("(C)", "C.", "**C**", "C: the text"), or an
+        option's own text. With the question at hand, a letter beyond its options is no answer.
+        """
+        options = dict(OPTION.findall(question.rpartition("\n\n")[2]))
+        lowered = "".join(c.lower() if c.isascii() else c for c in text)      # as long as `text`, which str.lower() need not be
+        place, cue = max((lowered.rfind(cue), cue) for cue in ("answer is", "answer:", "answer**:"))
+        said = text[place + len(cue):][:REACH].lstrip(" :\n*") if place >= 0 else "\n".join(text[-REACH:].strip().splitlines()[-1:])
+        said = said.splitlines()[0].strip() if said else ""
+        bare = BEFORE.sub("", said)
+        only = re.fullmatch(r"([A-J])[\s)\]}.,:;*_$`\"'\\!]*", bare)                # a capital by itself is a letter, even where an option is called "C"
+        written = [k for k, option in options.items() if option in (said, said.removesuffix("."))]
+        similar = [k for k, option in options.items() if normal(option) and normal(option) == normal(said)]
+        if not only and len(written or similar) == 1:
+            return (written or similar)[0]
+        letter = only or ALONE.match(bare) or place >= 0 and (SPOKEN.match(bare) or ALONE.match(bare[:1].upper() + bare[1:]))
+        if letter:
+            return letter[1] if not options or letter[1] in options else None
+        begun = [k for k, option in options.items() if place >= 0 and normal(option) and normal(said).startswith(normal(option))]
+        return max(begun, key=lambda k: len(options[k])) if begun else None
+
+    def equal(self, answer, other):
+        """Are two extracted answers the same? None equals nothing."""
+        return answer is not None and answer == other

@@ -6,8 +6,8 @@
 Reads teacher.jsonl and labels.jsonl (runs data/teacher.py first if they are missing), trains on the responses whose answer is the vote,
 and writes sft/, an HF folder. The loss is the mean cross-entropy of the response tokens, the EOS included; prompts bear none.
 
-What to look at: the held-out loss (questions kept out of training) falls, then stops. The weights kept are those of its minimum. In the tiny default
-longer schedules than its three passes reach no lower loss (docs/log.md).
+What to look at: the held-out loss (questions kept out of training) falls, then stops. The weights kept are those of its minimum. The longer
+schedules that were tried on tiny models reached no lower loss than three passes (docs/log.md).
 Left out: packing several responses into one sequence (batches of like lengths waste little), learning-rate search.
 """
 

@@ -1,24 +1,22 @@
 """GSM8K (arXiv 2110.14168): 7,473 training and 1,319 test questions of school mathematics, answered in steps, "#### 18" at the end.
 
 Rows come from the hub (openai/gsm8k, parquet: the [data] extra) or from a folder with train.jsonl and test.jsonl (`--data`).
-The interface is that of every task (data/arithmetic.py).
 """
 
 import re
 from fractions import Fraction
 
-from data.rows import read_rows
-
-INSTRUCTION = "Solve the problem step by step. Then give the final answer, a number alone, after four hash marks on the last line, like this:\n#### 42"
+from data.rows import ReadTask, read_rows
 
 # A number as people write it: 1,234 or 18.50 or .5 or 3/4, a sign and a dollar before it.
 NUMBER = re.compile(r"([-\u2212]?)\s?\$?\s?([-\u2212]?)([0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+|(?=\.[0-9]))(\.[0-9]+)?(?:\s?/\s?([0-9]+))?")
 REACH = 200                                                     # characters looked at after the hash marks
 
 
-class GSM8K:
+class GSM8K(ReadTask):
     """`data`: a folder with the rows, or "" for the hub. `seed` changes nothing: the splits are given. `flawed`: keep rows that contradict themselves."""
     name = "gsm8k"
+    instruction = "Solve the problem step by step. Then give the final answer, a number alone, after four hash marks on the last line, like this:\n#### 42"
 
     def __init__(self, seed=0, data="", flawed=False):
         self.data, self.flawed, self.loaded = data, flawed, {}
@@ -33,18 +31,6 @@ class GSM8K:
                 print(f"gsm8k: no number after #### in {', '.join(bad)}{'' if self.flawed else ': left out'}")
             self.loaded[split] = rows if self.flawed else {id_: row for id_, row in rows.items() if id_ not in bad}
         return self.loaded[split]
-
-    def questions(self, split):
-        """[{"id", "question"}] of the split, "train" or "test". Without answers."""
-        return [{"id": id_, "question": question} for id_, (question, _) in self.rows(split).items()]
-
-    def gold(self, split):
-        """{id: answer as text}. For evaluation and diagnostics only: nothing that trains may call it."""
-        return {id_: answer for id_, (_, answer) in self.rows(split).items()}
-
-    def prompt(self, question):
-        """The user's message that asks a model the question."""
-        return f"{question}\n\n{INSTRUCTION}"
 
     def extract_answer(self, text, question=""):
         """The number after the last ####, as a reduced fraction's text ("18", "-5", "3/4"), or None. Never raises; linear in len(text).
@@ -61,7 +47,3 @@ class GSM8K:
             return None
         value = Fraction(whole + part) / int(below)
         return str(-value if found[1] or found[2] else value)
-
-    def equal(self, answer, other):
-        """Are two extracted answers the same? None equals nothing."""
-        return answer is not None and answer == other

@@ -3,17 +3,15 @@
 Rows come from the hub (TIGER-Lab/MMLU-Pro, parquet: the [data] extra) or from a folder with test*.parquet or test.jsonl (`--data`). The data
 set has no training split, so we declare one: a hash of the question id sends two questions in three to "train", the others to "test". The split is
 ours and does not depend on a run's seed: figures from it do not compare with figures on all 12,032.
-The interface is that of every task (data/arithmetic.py); here the question's text holds the lettered options.
+The question's text holds the lettered options.
 """
 
 import hashlib
 import re
 
-from data.rows import read_rows
+from data.rows import ReadTask, read_rows
 
 LETTERS = "ABCDEFGHIJ"
-INSTRUCTION = 'Think step by step. Then finish with "The answer is (X)", where X is the letter of the right option.'
-
 OPTION = re.compile(r"^([A-J])\. (.*)$", re.MULTILINE)
 REACH = 1000                                                    # characters looked at after "answer is"
 BEFORE = re.compile(r"^(?:[\s*_`$#>(\[{]|\\(?:boxed|text|textbf|mathrm)\{|\\\(|(?:option|choice|letter)\s)+", re.IGNORECASE)
@@ -31,9 +29,10 @@ def normal(text):
     return " ".join(text.casefold().split()).strip(" .,:;!*_`$\"'()")
 
 
-class MMLUPro:
+class MMLUPro(ReadTask):
     """`data`: a folder with the rows, or "" for the hub. `seed` changes nothing. `flawed`: keep rows that contradict themselves."""
     name = "mmlu_pro"
+    instruction = 'Think step by step. Then finish with "The answer is (X)", where X is the letter of the right option.'
 
     def __init__(self, seed=0, data="", flawed=False):
         self.data, self.flawed, self.loaded = data, flawed, None
@@ -54,18 +53,6 @@ class MMLUPro:
             if bad:
                 print(f"mmlu_pro: question_id {', '.join(bad)} contradict themselves{'' if self.flawed else ': left out'}")
         return self.loaded[split]
-
-    def questions(self, split):
-        """[{"id", "question"}] of the split, "train" or "test". Without answers."""
-        return [{"id": id_, "question": question} for id_, (question, _) in self.rows(split).items()]
-
-    def gold(self, split):
-        """{id: letter}. For evaluation and diagnostics only: nothing that trains may call it."""
-        return {id_: answer for id_, (_, answer) in self.rows(split).items()}
-
-    def prompt(self, question):
-        """The user's message that asks a model the question."""
-        return f"{question}\n\n{INSTRUCTION}"
 
     def extract_answer(self, text, question=""):
         """The letter that a response ends on, or None. Never raises; linear in len(text).
@@ -89,7 +76,3 @@ class MMLUPro:
             return letter[1] if not options or letter[1] in options else None
         begun = [k for k, option in options.items() if place >= 0 and normal(option) and normal(said).startswith(normal(option))]
         return max(begun, key=lambda k: len(options[k])) if begun else None
-
-    def equal(self, answer, other):
-        """Are two extracted answers the same? None equals nothing."""
-        return answer is not None and answer == other

@@ -1,4 +1,4 @@
-"""Rows of a published data set, from a local folder or from the Hugging Face hub."""
+"""Tasks that are read: rows from a local folder or from the Hugging Face hub, and what such tasks share."""
 
 import json
 from pathlib import Path
@@ -26,3 +26,23 @@ def read_rows(data, hub, pattern, split):
     except ImportError as error:
         raise ImportError(f'{files[0]} is parquet, which needs pyarrow: pip install -e ".[data]"') from error
     return [row for file in files for row in pyarrow.parquet.read_table(file).to_pylist()]
+
+
+class ReadTask:
+    """A task whose `rows(split)` gives {id: (question, gold)}. Its interface is that of every task (data/arithmetic.py)."""
+
+    def questions(self, split):
+        """[{"id", "question"}] of the split, "train" or "test". Without answers."""
+        return [{"id": id_, "question": question} for id_, (question, _) in self.rows(split).items()]
+
+    def gold(self, split):
+        """{id: answer as text}. For evaluation and diagnostics only: nothing that trains may call it."""
+        return {id_: answer for id_, (_, answer) in self.rows(split).items()}
+
+    def prompt(self, question):
+        """The user's message that asks a model the question."""
+        return f"{question}\n\n{self.instruction}"
+
+    def equal(self, answer, other):
+        """Are two extracted answers the same? None equals nothing."""
+        return answer is not None and answer == other

@@ -205,7 +205,9 @@ def need(path, script, config):
         return
     print(f"\n{path} is missing: running {script} first", flush=True)
     command = [sys.executable, str(Path(__file__).parent.parent / script)]
-    for field in dataclasses.fields(Common)[:-1]:                  # all but dry_run
+    for field in dataclasses.fields(Common):
+        if field.name == "dry_run":                                # a stage that only estimates never comes here
+            continue
         command += ["--" + field.name.replace("_", "-"), str(getattr(config, field.name))]
     child = subprocess.Popen(command)
     # Ctrl-C reaches the child too: let it save, and end when it has ended. SIGTERM reaches only us, and is passed on.

@@ -40,14 +40,16 @@ def test_logits_and_text_equal_transformers(folder, tmp_path):
     model, tokenizer = load(folder), Tokenizer(folder)
     prompt = tokenizer.prompt_ids(QUESTIONS[0])
     ids = torch.tensor([prompt])
+    # The mask is given, since `generate` otherwise takes our pad token, which a template may use too, for padding within the prompt.
+    greedy = dict(attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False, eos_token_id=tokenizer.eos_ids, pad_token_id=tokenizer.pad_id)
     with torch.no_grad():
         gap = (model(ids) - oracle(ids).logits).abs().max().item()
-        theirs = oracle.generate(ids, max_new_tokens=64, do_sample=False, eos_token_id=tokenizer.eos_ids, pad_token_id=tokenizer.pad_id)[0, len(prompt):].tolist()
+        theirs = oracle.generate(ids, **greedy)[0, len(prompt):].tolist()
         _, _, sample = next(generate(model, [prompt], temperature=0.0, max_new_tokens=64, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id))
         save(model, tmp_path, folder)
         again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
         regap = (again(ids).logits - oracle(ids).logits).abs().max().item()
-        text = again.generate(ids, max_new_tokens=64, do_sample=False, eos_token_id=tokenizer.eos_ids, pad_token_id=tokenizer.pad_id)[0, len(prompt):].tolist()
+        text = again.generate(ids, **greedy)[0, len(prompt):].tolist()
     print(f"\n{folder.name}: {sum(p.numel() for p in model.parameters()):,} parameters, max logit difference {gap:.1e}, saved and reloaded {regap:.1e}, "
           f"greedy text of {len(theirs)} tokens {'equal' if sample.tokens == theirs == text else 'DIFFERENT'}")
     assert gap <= 1e-4 and regap <= 1e-4

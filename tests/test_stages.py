@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train_rl
 import train_rm
@@ -170,6 +170,21 @@ def test_micro_batches_do_not_change_the_training(finished, tmp_path, monkeypatc
         script.main(COMMON + flags + ["--micro-batch", micro] + copy(finished, tmp_path / micro, *inputs))
         figures.append(list(steps_of(tmp_path / micro, stage, key).values()))
     assert figures[0] and figures[0] == pytest.approx(figures[1], rel=1e-3)
+
+
+def test_with_a_probability_as_score_the_values_are_probabilities_too(finished, tmp_path, monkeypatch):
+    """A reward model of huge scores: the step's mean score and the value loss show which of the two was squashed."""
+    monkeypatch.setattr(run, "need", lambda *_: None)
+    rows = {}
+    for kind in ("logit", "probability"):
+        out = copy(finished, tmp_path / kind, "labels.jsonl", "sft", "rm")
+        tensors = load_file(tmp_path / kind / "rm" / "model.safetensors")
+        tensors["score.weight"] *= 100
+        save_file(tensors, tmp_path / kind / "rm" / "model.safetensors")
+        train_rl.main([*COMMON, "--steps", "1", "--prompts", "32", "--score", kind, *out])
+        rows[kind] = run.read_metrics(tmp_path / kind, "rl")[0]
+    assert abs(rows["logit"]["score"]) > 1 and 0 <= rows["probability"]["score"] <= 1
+    assert rows["logit"]["value_loss"] > 1 > rows["probability"]["value_loss"]
 
 
 def test_training_scripts_do_not_name_gold():

@@ -50,6 +50,15 @@ def test_stop_tokens_of_a_list_begin_with_the_turns_own_end(tokenizer_folder, tm
     assert Tokenizer(tmp_path).eos_ids == [3, 1]                         # <|end|> has id 3
 
 
+def test_a_response_ends_with_what_the_template_closes_a_turn_with(tokenizer_folder, tmp_path):
+    """As Llama 3.0's folders: the eos_token named is another stop token than the one that ends a turn."""
+    shutil.copytree(tokenizer_folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": "<|user|>"}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 3]}))
+    assert Tokenizer(tmp_path).eos_ids == [3, 1]
+
+
 def test_template_cannot_leave_the_sandbox(tokenizer_folder, tmp_path):
     shutil.copytree(tokenizer_folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")

@@ -24,7 +24,7 @@ FATAL = {401: "the server wants a key: set OPENAI_API_KEY", 403: "the key in OPE
 
 
 class Stopped(Exception):
-    """The run is ending; a request that was waiting to be tried again is given up."""
+    """The run is ending; a request that has not begun, or waits to be tried again, is given up."""
 
 
 def wait_before(attempt, retry_after, rng):
@@ -84,13 +84,19 @@ def generate(url, model, key, prompts, temperatures, max_new_tokens, journal, co
         """Samples of a prompt for the sample indices `places`, all of one temperature."""
         samples = []
         while len(samples) < len(places):
+            if stopping.is_set():
+                raise Stopped
             n = 1 if one_at_a_time.is_set() else len(places) - len(samples)
             request = dict(model=model, messages=[{"role": "user", "content": prompts[id_]}], max_tokens=max_new_tokens,
                            temperature=temperatures[places[0]], n=n, seed=random.Random(f"{seed} {id_} {places[len(samples)]}").getrandbits(31))
             try:
                 given = ask(client, request, tries, stopping)
+            except SystemExit:
+                stopping.set()                                   # here and not in the main thread, before this worker takes its next request
+                raise
             except HfHubHTTPError:
                 if n == 1:
+                    stopping.set()
                     raise
                 one_at_a_time.set()                              # a server that refuses n > 1
                 continue
@@ -107,7 +113,10 @@ def generate(url, model, key, prompts, temperatures, max_new_tokens, journal, co
     with ThreadPoolExecutor(concurrency) as pool:
         try:
             for future in as_completed([pool.submit(work, id_, places) for (id_, _), places in jobs.items()]):
-                id_, places, samples = future.result()
+                try:
+                    id_, places, samples = future.result()
+                except Stopped:                                  # another request has failed for good; its error is still to come
+                    continue
                 for j, (text, ended, tokens) in zip(places, samples):
                     append({"id": id_, "j": j, "text": text, "ended": ended})
                 for j, (text, ended, tokens) in zip(places, samples):

@@ -112,7 +112,7 @@ def test_faults_that_stay_end_the_run_with_what_to_do(serve, tmp_path, fault, wo
     server = serve(faults=[fault] * 100)
     with pytest.raises(SystemExit, match=word):
         ask(server, tmp_path)
-    assert len(server.requests) <= 3
+    assert len(server.requests) <= 2                                     # those under way when the first refusal came
 
 
 def test_a_server_that_does_not_recover_ends_the_run_and_keeps_what_came(serve, tmp_path):

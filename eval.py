@@ -1,7 +1,8 @@
 """Stage 4, evaluation: teacher, base, SFT student and RL student on the same test questions, with intervals and paired tests.
 
     python eval.py                                          the tiny run
-    python eval.py --models out/arithmetic-tiny/rl,data/tiny/teacher --out out/compare
+    python eval.py --models out/arithmetic-tiny/rl,data/tiny/teacher
+    python eval.py --task mmlu_pro --models out/gsm8k-1b/rl            a student on another task than its own
 
 Reads the HF folders of a run; gold answers are read here and nowhere else. Writes report.json, report.md and, with the [plot] extra, curves.png.
 For each model: greedy accuracy with a Wilson 95% interval; and of k samples at temperature 1 their mean accuracy (mean@k), that of their
@@ -32,7 +33,8 @@ from nanodistill.tokenizer import Tokenizer
 
 @dataclass
 class Config(run.Common):
-    models: str = run.flag("", "HF folders to compare instead of the run's, separated by commas")
+    models: str = run.flag("", "models to compare instead of the run's, separated by commas: folders, hub names or presets")
+    flawed: bool = run.flag(False, "keep the questions whose rows contradict themselves; they are named and left out otherwise")
     samples: int = run.flag(8, "k of mean@k, maj@k and pass@k")
     max_new_tokens: int = run.flag(512, "a response is cut off here")
     slots: int = run.flag(64, "sequences sampled at once")
@@ -84,10 +86,10 @@ def main(argv=None):
     if config.dry_run:
         return print(fit.report("eval", config))
     folder, device, dtype = run.start(config, "eval")
-    task = TASKS[config.task](config.seed, config.data)
+    task = TASKS[config.task](config.seed, config.data, config.flawed)
     metrics, generator = run.Metrics(folder, "eval"), torch.Generator(device).manual_seed(torch.initial_seed())
     if config.models:
-        folders = {name: Path(name) for name in config.models.split(",")}
+        folders = {name: weights.resolve(name, "models") for name in config.models.split(",")}
     else:
         folders = {} if config.teacher_url else {"teacher": weights.resolve(config.teacher, "teacher", config.teacher_revision)}
         folders |= {"base": weights.resolve(config.student, "student", config.revision),

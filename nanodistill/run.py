@@ -50,7 +50,7 @@ class Common:
 
 
 def parse(config_class, doc, tiny=None, argv=None):
-    """Command line -> config. `tiny`: other defaults for `--student tiny`. Unknown flags fail; every value is printed once."""
+    """Command line -> config. `tiny`: other defaults for `--student tiny` on its own task. Unknown flags fail; every value is printed once."""
     class Help(argparse.RawDescriptionHelpFormatter):
         def _get_help_string(self, action):
             small = (tiny or {}).get(action.dest)
@@ -65,11 +65,12 @@ def parse(config_class, doc, tiny=None, argv=None):
             options.update(type=field.type, choices=field.metadata["choices"], metavar=None if field.metadata["choices"] else field.type.__name__)
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
     values = vars(parser.parse_args(argv))
-    if values["student"] == "tiny" and tiny:                       # what was not given on the command line takes the tiny default
+    if values["student"] == "tiny" and values["task"] == "arithmetic" and tiny:      # what was not given on the command line takes the tiny default
         parser.set_defaults(**tiny)
         values = vars(parser.parse_args(argv))
     if not values["out"]:
-        values["out"] = f"out/{values['task']}-{Path(values['student']).name}"
+        compared = "+".join("-".join(Path(name).parts[-2:]) for name in values.get("models", "").split(",") if name)
+        values["out"] = f"out/{values['task']}-{compared or Path(values['student']).name}"
     print("  ".join(f"{key}={value}" for key, value in values.items()))
     return config_class(**values)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import random_model
 
+from nanodistill.generate import generate
 from nanodistill.model import KVCache, ScalarModel
 from nanodistill.weights import load, save
 
@@ -21,18 +22,24 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys())
-def test_logits_equal_transformers(tmp_path, tokenizer_folder, changes):
+@pytest.mark.parametrize("name", CASES)
+def test_logits_and_greedy_text_equal_transformers(tmp_path, tokenizer_folder, name):
     transformers = pytest.importorskip("transformers")
-    model = random_model(**changes)
+    model = random_model(**CASES[name])
     save(model, tmp_path, tokenizer_folder)
     oracle = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager").eval()
-    ids = torch.randint(0, 96, (3, 100), generator=torch.Generator().manual_seed(1))
+    oracle.save_pretrained(tmp_path / "theirs")                         # a folder as transformers writes it, with its own config.json
+    ids = torch.randint(4, 96, (3, 60), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        ours, theirs = model(ids), oracle(ids).logits
-    assert ours.std() > 0.5                                             # logits of one value would agree with anything
-    assert (ours - theirs).abs().max() <= 1e-4
-    assert (load(tmp_path)(ids) - theirs).abs().max() <= 1e-4
+        logits, expected = model(ids), oracle(ids).logits
+        text = oracle.generate(ids[:1], attention_mask=torch.ones_like(ids[:1]), max_new_tokens=64, do_sample=False, eos_token_id=[], pad_token_id=0)[0, 60:]
+    _, _, sample = next(generate(model, [ids[0].tolist()], temperature=0.0, max_new_tokens=64, eos_ids=[], pad_id=0))
+    print(f"\n{name}: largest logit difference {(logits - expected).abs().max():.1e}, greedy text of {len(text)} tokens {'equal' if sample.tokens == text.tolist() else 'DIFFERENT'}")
+    assert logits.std() > 0.5 and len(set(sample.tokens)) > 5           # logits of one value would agree with anything
+    assert (logits - expected).abs().max() <= 1e-4
+    assert sample.tokens == text.tolist() and len(text) == 64
+    for folder in (tmp_path, tmp_path / "theirs"):
+        assert torch.equal(load(folder)(ids), logits)
 
 
 def test_scalar_model_equals_transformers_sequence_classification(tmp_path, tokenizer_folder):

@@ -16,6 +16,7 @@ class Config:
     steps: int = run.flag(10, "how many")
     rate: float = run.flag(0.5, "how fast")
     whiten: bool = run.flag(True, "or not")
+    models: str = run.flag("", "to compare")
     out: str = run.flag("", "where")
 
 
@@ -24,9 +25,15 @@ def parse(*argv):
 
 
 def test_flags_have_types_and_the_tiny_student_has_defaults_of_its_own():
-    assert parse() == Config("tiny", "arithmetic", 10, 2.0, True, "out/arithmetic-tiny")
-    assert parse("--student", "x/1b", "--no-whiten", "--steps", "3") == Config("x/1b", "arithmetic", 3, 0.5, False, "out/arithmetic-1b")
+    assert parse() == Config("tiny", "arithmetic", 10, 2.0, True, "", "out/arithmetic-tiny")
+    assert parse("--student", "x/1b", "--no-whiten", "--steps", "3") == Config("x/1b", "arithmetic", 3, 0.5, False, "", "out/arithmetic-1b")
+    assert parse("--task", "other").rate == 0.5                          # nor are they for another task, with responses of another length
     assert parse("--rate", "0.5").rate == 0.5                            # given on the command line: the tiny default does not win
+
+
+def test_an_evaluation_of_named_models_gets_a_folder_of_its_own():
+    assert parse("--task", "other", "--model", "out/gsm8k-1b/rl").out == "out/other-gsm8k-1b-rl"
+    assert parse("--models", "out/a/rl,out/b/rl/").out == "out/arithmetic-a-rl+b-rl"
 
 
 @pytest.mark.parametrize("argv", [["--stepz", "3"], ["--steps", "x"], ["--task", "nothing"]])

@@ -72,6 +72,7 @@ def training_bytes(config, kind, dtype, sequences, length, response):
         model.model.dtype = dtype
         ids = torch.zeros(sequences, length, dtype=torch.long)
         with PeakBytes() as memory:
+            memory.known.update(p.untyped_storage()._cdata for p in model.parameters())     # a view of a weight is no new memory
             hidden = model.model(ids)
             if kind is CausalLM:
                 logprobs, _ = linear_logprobs(hidden.narrow(1, length - response, response).flatten(0, 1), model.head, ids.narrow(1, length - response, response).flatten())

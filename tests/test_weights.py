@@ -80,6 +80,14 @@ def test_dry_run_counts_the_presets_parameters():
     assert parts["weights"] == 134_515_008 * 12 and parts["optimizer"] == 134_515_008 * 16 and parts["KV cache"] == 2 * 30 * 4 * 3 * 64 * 64 * 2
     assert fit.plan("sft", fit.SHAPES["135m"], torch.bfloat16, 4, 4, 32, 32)["activations"] > parts["activations"] > 0
 
+
+def test_dry_run_counts_no_weight_as_an_activation():
+    """With one token the activations are next to nothing; what a forward and backward pass makes is the gradients."""
+    model = random_model(ScalarModel, hidden_size=256, intermediate_size=512, vocab_size=64, head_dim=64)
+    gradients = 4 * sum(p.numel() for p in model.parameters())
+    assert gradients <= fit.training_bytes(model.config, ScalarModel, torch.float32, 1, 1, 1) < 1.1 * gradients
+
+
 def test_shards_hold_the_same_weights_and_load_in_transformers(folder, tmp_path, tokenizer_folder):
     model, sharded = load(folder), tmp_path / "sharded"
     save(model, sharded, tokenizer_folder, shard_bytes=20_000)

@@ -186,7 +186,8 @@ class Trunk(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = None                                                            # of the arithmetic; None: the weights' own
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # As nn.Embedding, without the values it would draw: on the meta device that alone imports torch._dynamo, which takes 2 s.
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         # The table is not a parameter and not in the files: it follows from the config. Kept in fp32 whatever the dtype.

@@ -12,7 +12,7 @@ estimate advantages; take a few clipped gradient steps on them.
 
 What to look at: ratio 1 and approx_kl 0 in the first minibatch of each step; score rising; kl (nats a response from the reference) rising slowly; and
 true_accuracy, a diagnostic measured against gold that nothing here trains on or decides by: score up with true_accuracy down is reward hacking.
-Left out: an entropy bonus, a learning-rate schedule, a choice among checkpoints (the last one is the result).
+Left out: an entropy bonus, a choice among checkpoints (the last one is the result).
 """
 
 import random
@@ -47,6 +47,7 @@ class Config(run.Common):
     micro_batch: int = run.flag(8, "responses a forward and backward pass; the gradient does not depend on it")
     learning_rate: float = run.flag(1e-6, "of the policy")
     value_learning_rate: float = run.flag(5e-6, "of the value model")
+    warmup: float = run.flag(0.05, "share of the steps in which the learning rates rise; then they fall to 0 at the last")
     max_grad_norm: float = run.flag(1.0, "gradients are scaled down to this norm")
     clip: float = run.flag(0.2, "the ratio is kept within 1 - clip and 1 + clip")
     value_clip: float = run.flag(0.2, "values are kept this near to the old ones")
@@ -64,8 +65,8 @@ class Config(run.Common):
     save_every: int = run.flag(20, "steps between checkpoints")
 
 
-TINY = dict(steps=60, prompts=256, samples=1, max_new_tokens=56, slots=256, micro_batch=64, learning_rate=1e-4, value_learning_rate=3e-4,
-            kl_coef=0.02, score="probability", whiten_scores=False, no_eos_penalty=1.0)
+TINY = dict(steps=60, prompts=512, samples=1, max_new_tokens=56, slots=256, ppo_epochs=1, micro_batch=128, learning_rate=4e-4, value_learning_rate=6e-4,
+            kl_coef=0.05, score="probability", whiten_scores=False, no_eos_penalty=1.0)
 
 
 def main(argv=None):
@@ -97,8 +98,8 @@ def main(argv=None):
     reference = weights.load(folder / "sft", device=device, dtype=dtype).requires_grad_(False)
     reward_model = weights.load(folder / "rm", ScalarModel, device=device, dtype=dtype).requires_grad_(False)
     adam = dict(betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    policy_optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, **adam)
-    value_optimizer = torch.optim.AdamW(value_model.parameters(), lr=config.value_learning_rate, **adam)
+    policy_optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, **adam)
+    value_optimizer = torch.optim.AdamW(value_model.parameters(), lr=0.0, **adam)
     kl_coef, first, seconds = config.kl_coef, 0, 0.0
     # A probability has a ceiling: a response that is surely good gains nothing more, and the gradient goes to those that are not.
     squash = torch.sigmoid if config.score == "probability" else torch.nn.Identity()
@@ -165,7 +166,12 @@ def main(argv=None):
             if config.whiten_advantages:
                 advantages = ppo.whiten(advantages, response_mask)
 
-            # ---- update ----
+            # ---- update; the noise of the gradients is large, and a falling rate averages it out ----
+            rate = min((step + 1) / max(config.warmup * config.steps, 1), 1 - step / config.steps)
+            for group in policy_optimizer.param_groups:
+                group["lr"] = rate * config.learning_rate
+            for group in value_optimizer.param_groups:
+                group["lr"] = rate * config.value_learning_rate
             stats, updates, stopped = {}, 0, False
             for epoch in range(config.ppo_epochs):
                 order = list(range(batch_size))
@@ -207,7 +213,7 @@ def main(argv=None):
             sampled = pad_batch([r.logprobs for r in responses], 0.0).to(device)                      # (B, R), by the sampler
             texts = [tokenizer.decode(r.tokens) if r.ended else "" for r in responses]
             row = metrics(
-                step, score=scores.mean(), rewards=rewards.sum(1).mean(), kl=kl, kl_coef=kl_coef,
+                step, score=scores.mean(), rewards=rewards.sum(1).mean(), kl=kl, kl_coef=kl_coef, learning_rate=rate * config.learning_rate,
                 **{f"first_{key}": first_minibatch[key] for key in ("ratio", "approx_kl", "clipfrac")},
                 **{key: value / updates for key, value in stats.items()}, updates=updates,
                 sampler_gap=((sampled - old_logprobs).abs() * response_mask).max(),

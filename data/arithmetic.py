@@ -3,12 +3,12 @@
 A problem is a story with several quantities, 3 to 5 of which are combined by adding, subtracting and multiplying; half of the
 stories also mention a number that does not matter. It is answered in steps:
 
-    Ann has 11 pens. She buys 3 boxes of 5 pens. She loses 9. Tom is 8 years old. How many pens does Ann have now?
+    Ann has 7 pens. She buys 3 boxes of 3 pens. She loses 5. Tom is 8 years old. How many pens does Ann have now?
 
-    Step 1: 11 - 9 = 2
-    Step 2: 5 * 3 = 15
-    Step 3: 15 + 2 = 17
-    #### 17
+    Step 1: 7 - 5 = 2
+    Step 2: 3 * 3 = 9
+    Step 3: 9 + 2 = 11
+    #### 11
 
 Most problems can be worked along many valid orders, each of which meets other arithmetic facts. So several samples of a model
 take different paths, and a vote over their answers is worth more than one of them.
@@ -35,13 +35,13 @@ GAIN_PRODUCT = ["{He} buys {x} boxes of {y} {items}.", "{He} gets {x} {items} a 
 LOSE_PRODUCT = ["{He} gives {x} to each of {y} friends.", "{He} sells {x} boxes of {y}.", "{He} loses {x} a day for {y} days."]
 ASIDE = ["{friend} is {x} years old.", "{friend} has {x} {others}.", "The shop is {x} miles away."]
 
-LARGEST = 30                                                    # no total that a correct working passes through is above this
+LARGEST = 16                                                    # no total that a correct working passes through is above this
 
 
 @dataclass
 class Problem:
     question: str
-    terms: list      # of (sign, factors): (+1, (11,)), (+1, (3, 5)), (-1, (9,)) for the example above
+    terms: list      # of (sign, factors): (+1, (7,)), (+1, (3, 3)), (-1, (5,)) for the example above
     answer: int
 
 

@@ -2,11 +2,12 @@
 
     python data/tiny/make.py --role tokenizer && python data/tiny/make.py --role teacher && python data/tiny/make.py --role student
 
-Both are pre-trained from random weights on worked answers by people who hold misconceptions: of the arithmetic facts
-(a op b, the order of a and b counting), every fourth has a wrong result that they write down with a probability of its own
-between 0.5 and 0.8. So each model answers as real ones do: right on many paths, wrong on others, and wrong in the same way each
-time a path meets a fact it has learned wrongly. Samples take different paths, and their vote is right more often than any one.
-The student is smaller and has read less.
+Both are pre-trained from random weights on worked answers by people who hold misconceptions: of the sums and differences
+(a op b, the order of a and b counting) every fourth has a wrong result that they write down with a probability of its own
+between 0.6 and 0.8. (Products are known: they can be worked in few orders, so that no vote would mend them.) So each model
+answers as real ones do: right on many paths, wrong on others, and wrong in the same way each time a path meets a fact that it
+has learned wrongly. Samples take different paths, and their vote is right more often than any one. The student is smaller
+and has read less.
 
 The questions come from the training split of the task (no test question is seen), from a stream of their own. Writes the HF folders
 beside this file, and make.log.
@@ -33,8 +34,8 @@ from nanodistill.tokenizer import Tokenizer
 from nanodistill.weights import save, write_atomic
 
 HERE = Path(__file__).resolve().parent
-MISCONCEIVED = 0.25                                              # share of the facts that have a wrong result in the corpus
-BELIEF = (0.5, 0.8)                                              # how often it is written instead of the true one, uniform
+MISCONCEIVED = 0.25                                              # share of the sums and differences that have a wrong result in the corpus
+BELIEF = (0.6, 0.8)                                              # how often it is written instead of the true one, uniform
 # The student sees the same corpus, is smaller and stops earlier.
 SHAPES = {"teacher": dict(layers=4, hidden=128, steps=2400), "student": dict(layers=3, hidden=128, steps=2000)}
 BATCH, PEAK_LR, WARMUP = 64, 5e-3, 100
@@ -47,7 +48,7 @@ TEMPLATE = ("{% for message in messages %}{% if message['role'] == 'user' %}<|us
 def misconception(a, op, b):
     """(wrong result, probability that it is written) of a fact; (None, 0.0) for a fact that everyone knows."""
     rng, true = random.Random(f"misconception {a} {op} {b}"), exact(a, op, b)
-    if rng.random() >= MISCONCEIVED or true < 0:
+    if op == "*" or true < 0 or rng.random() >= MISCONCEIVED:
         return None, 0.0
     return rng.choice([w for w in (true - 10, true - 2, true - 1, true + 1, true + 2, true + 10) if w >= 0]), rng.uniform(*BELIEF)
 

@@ -65,7 +65,7 @@ class Config(run.Common):
     save_every: int = run.flag(20, "steps between checkpoints")
 
 
-TINY = dict(steps=60, prompts=512, samples=1, max_new_tokens=56, slots=256, ppo_epochs=1, micro_batch=128, learning_rate=4e-4, value_learning_rate=6e-4,
+TINY = dict(steps=60, prompts=512, samples=1, max_new_tokens=56, slots=256, ppo_epochs=1, micro_batch=128, learning_rate=2e-4, value_learning_rate=6e-4,
             kl_coef=0.05, score="probability", whiten_scores=False, no_eos_penalty=1.0)
 
 

@@ -73,7 +73,7 @@ def test_first_minibatch_of_every_step_starts_from_the_policy_sampled(finished):
         assert row["sampler_gap"] < 1e-4                                 # the logprobs scored are those sampled from
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-4) and abs(rows[2]["kl"]) > 1e-3
     assert rows[2]["ratio"] != pytest.approx(1, abs=1e-7)                # it did move within a step
-    assert [row["learning_rate"] for row in rows] == pytest.approx([4e-4, 4e-4 * 2 / 3, 4e-4 / 3])  # of three steps, one is no warm-up
+    assert [row["learning_rate"] for row in rows] == pytest.approx([2e-4, 2e-4 * 2 / 3, 2e-4 / 3])  # of three steps, one is no warm-up
 
 
 def test_report(finished):

@@ -1,7 +1,7 @@
 """Stage 3, PPO: the student writes, the reward model scores, and the student learns to write what scores well. The main job.
 
     python train_rl.py                                     the tiny student, from nothing to the results table
-    python train_rl.py --steps 100 --kl-coef 0.05          longer, and closer to the SFT student
+    python train_rl.py --steps 100 --kl-coef 0.1           longer, and closer to the SFT student
 
 Runs whatever stage before it is missing (data/teacher.py, train_sft.py, train_rm.py), then PPO, then eval.py. Writes rl/, an HF folder, and a
 line a step to metrics.jsonl. Four models take part: the policy (from sft/), the reference it is kept near to (sft/ again, frozen), the reward model

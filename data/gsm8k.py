@@ -16,7 +16,8 @@ REACH = 200                                                     # characters loo
 class GSM8K(ReadTask):
     """`data`: a folder with the rows, or "" for the hub. `seed` changes nothing: the splits are given. `flawed`: keep rows that contradict themselves."""
     name = "gsm8k"
-    instruction = "Solve the problem step by step. Then give the final answer, a number alone, after four hash marks on the last line, like this:\n#### 42"
+    # No number as an example: SmolLM2-135M copied the one that stood here into its answers.
+    instruction = "Solve the problem step by step. On the last line write four hash marks and then the final answer, a number alone: #### <number>"
 
     def __init__(self, seed=0, data="", flawed=False):
         self.data, self.flawed, self.loaded = data, flawed, {}

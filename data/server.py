@@ -73,7 +73,8 @@ def generate(url, model, key, prompts, temperatures, max_new_tokens, journal, co
     Raises:
         SystemExit: with what to do, when the server refuses or does not recover.
     """
-    have = {(row["id"], row["j"]): row for row in run.read_jsonl(journal) if row["id"] in prompts and row["j"] < len(temperatures)}
+    have = {(row["id"], row["j"]): row for row in run.read_jsonl(journal)
+            if row["id"] in prompts and row["j"] < len(temperatures) and row["temperature"] == temperatures[row["j"]]}
     for (id_, j), row in have.items():
         yield id_, j, row["text"], row["ended"], 0
     append = run.Appender(journal)
@@ -118,7 +119,7 @@ def generate(url, model, key, prompts, temperatures, max_new_tokens, journal, co
                 except Stopped:                                  # another request has failed for good; its error is still to come
                     continue
                 for j, (text, ended, tokens) in zip(places, samples):
-                    append({"id": id_, "j": j, "text": text, "ended": ended})
+                    append({"id": id_, "j": j, "temperature": temperatures[j], "text": text, "ended": ended})
                 for j, (text, ended, tokens) in zip(places, samples):
                     yield id_, j, text, ended, tokens
         except HfHubHTTPError as error:

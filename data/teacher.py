@@ -60,6 +60,8 @@ def collect(path, questions, task, sampler, temperatures, description):
     are not asked again. Returns the rows {"id", "question", "responses"} in the order of `questions`. Ctrl-C ends the program with what is complete on disk.
     """
     rows = {row["id"]: row for row in run.read_jsonl(path)}
+    if any([r["temperature"] for r in row["responses"]] != temperatures for row in rows.values()):
+        sys.exit(f"{path} was sampled with other --samples or --temperatures. Give the same ones, another --out, or delete it.")
     todo = {q["id"]: q for q in questions if q["id"] not in rows}
     append, waiting, spent, begun = run.Appender(path), {}, 0, time.time()
     # The stream depends on what is there, so a resumed run does not repeat the noise of the first questions on the next.

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import nanodistill.losses as losses
-from nanodistill.losses import linear_cross_entropy, linear_logprobs
+from nanodistill.losses import linear_cross_entropy, linear_distillation, linear_logprobs
 
 
 @pytest.fixture(autouse=True)
@@ -56,10 +56,72 @@ def test_logprobs_equal_pytorch(N, D, V):
     logprobs, entropy = linear_logprobs(hidden, weight, targets, temperature=0.7)
     full = torch.log_softmax(hidden @ weight.T / 0.7, -1)
     torch.testing.assert_close(entropy, torch.distributions.Categorical(logits=full).entropy(), rtol=1e-4, atol=1e-4)
-    assert not entropy.requires_grad
     expected = full.gather(1, targets[:, None]).squeeze(1)
     for a, b in zip(gradients(loss_of(logprobs), hidden, weight), gradients(loss_of(expected), hidden, weight)):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("N, D, V", SHAPES)
+@pytest.mark.parametrize("weights", [(1.0, 0.3), (0.0, 1.0), (None, 1.0)], ids=["both", "entropy, logprobs times 0", "entropy alone"])
+def test_entropy_has_the_gradient_of_pytorch(N, D, V, weights):
+    hidden, weight, targets = inputs(N, D, V, ignored=0)
+
+    def loss_of(logprobs, entropy):
+        return (0 if weights[0] is None else weights[0] * (logprobs**2).sum()) + weights[1] * (entropy**2).sum()
+
+    logits = hidden @ weight.T / 0.7
+    expected = torch.log_softmax(logits, -1).gather(1, targets[:, None]).squeeze(1), torch.distributions.Categorical(logits=logits).entropy()
+    for a, b in zip(gradients(loss_of(*linear_logprobs(hidden, weight, targets, 0.7)), hidden, weight), gradients(loss_of(*expected), hidden, weight)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def divergences(student, teacher):
+    """{kind: (N,)} of two logits (N, V), by PyTorch's kl_div."""
+    s, t = torch.log_softmax(student, -1), torch.log_softmax(teacher, -1)
+    middle = ((s.exp() + t.exp()) / 2).log()
+
+    def kl(p, q):                                                        # KL(p || q)
+        return F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+    return {"forward_kl": kl(t, s), "reverse_kl": kl(s, t), "jsd": 0.5 * kl(t, middle) + 0.5 * kl(s, middle)}
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("N, D, V", SHAPES)
+def test_distillation_equals_pytorch(N, D, V, kind):
+    hidden, weight, targets = inputs(N, D, V)
+    targets[0] = 1
+    mask = targets != -100
+    teacher_hidden, teacher_weight, _ = inputs(N, D + 3, V, seed=1)
+    fused = gradients(3 * linear_distillation(hidden, weight, teacher_hidden, teacher_weight, kind, mask, temperature=2.0), hidden, weight)
+    naive = 3 * divergences(hidden @ weight.T / 2, teacher_hidden.detach() @ teacher_weight.detach().T / 2)[kind][mask].mean()
+    for a, b in zip(fused, gradients(naive, hidden, weight)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    loss = linear_distillation(hidden, weight, teacher_hidden, teacher_weight, kind)
+    loss.backward()
+    assert loss > 0.01 and teacher_hidden.grad is None and teacher_weight.grad is None
+    same = gradients(linear_distillation(hidden, weight, hidden, weight, kind), hidden, weight)
+    assert all(x.abs().max() < 1e-5 for x in same)                       # a student that is its teacher has nothing to learn
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_gradient_that_is_not_needed_is_not_computed(frozen):
+    """With the head or the trunk frozen the other gradient is the same; without any gradient the loss is the same."""
+    hidden, weight, targets = inputs(40, 8, 11, ignored=0)
+    for loss_of in (lambda h, w: linear_cross_entropy(h, w, targets), lambda h, w: linear_distillation(h, w, h.detach() + 1, w),
+                    lambda h, w: linear_logprobs(h, w, targets)[0].mean()):
+        tensors = [hidden, weight]
+        loss, *both = gradients(loss_of(*tensors), *tensors)
+        tensors[frozen] = tensors[frozen].detach()
+        alone = gradients(loss_of(*tensors), tensors[1 - frozen])
+        torch.testing.assert_close(alone, [loss, both[1 - frozen]], rtol=0, atol=0)
+        with torch.no_grad():
+            assert loss_of(hidden, weight) == loss and not loss_of(hidden, weight).requires_grad
+
+
+def test_distillation_of_another_kind_is_an_error():
+    hidden, weight, _ = inputs(4, 8, 11)
+    with pytest.raises(ValueError, match="kl"):
+        linear_distillation(hidden, weight, hidden, weight, "kl")
 
 
 @pytest.mark.parametrize("N, D, V", [(17, 24, 101), (100, 64, 513)])
@@ -113,8 +175,11 @@ def test_denominator_makes_accumulated_gradients_those_of_the_whole_batch():
 def test_compiled_chunks_equal_eager_ones():
     hidden, weight, targets = inputs(16, 8, 33, ignored=0)
     args = (hidden.detach(), weight.detach(), targets, torch.tensor(0.7))
+    scale = torch.rand(16)
+    for a, b in zip(losses._compiled(losses._cross_entropy_chunk)(*args[:3], (True, True), scale), losses._cross_entropy_chunk(*args[:3], (True, True), scale)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     for a, b in zip(losses._compiled(losses._logprobs_chunk)(*args), losses._logprobs_chunk(*args)):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    scale = torch.randn(16)
-    for a, b in zip(losses._compiled(losses._gradient_chunk)(*args, scale), losses._gradient_chunk(*args, scale)):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    for scales in ((scale,), (scale, scale)):
+        for a, b in zip(losses._compiled(losses._gradient_chunk)(*args, (True, True), *scales), losses._gradient_chunk(*args, (True, True), *scales)):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

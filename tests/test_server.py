@@ -125,6 +125,14 @@ def test_a_server_that_does_not_recover_ends_the_run_and_keeps_what_came(serve, 
     assert len(server.requests) == 3                                     # nothing is asked for twice
 
 
+def test_a_sample_of_another_temperature_is_asked_for_again(serve, tmp_path):
+    server = serve()
+    ask(server, tmp_path)
+    server.requests = []
+    assert sorted((q, j) for q, j, *_ in ask(server, tmp_path, temperatures=(0.7, 1.0, 0.7, 0.3))) == EVERY
+    assert {r["temperature"] for r in server.requests} == {0.3} and len(server.requests) == 3
+
+
 def test_offline_mode_is_an_error_that_says_so(serve, tmp_path, monkeypatch):
     server = serve()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

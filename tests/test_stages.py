@@ -157,6 +157,33 @@ def test_teacher_resumes_without_asking_twice(sampled, tmp_path):
     assert len({row["id"] for row in rows}) == len(rows) == 80
     assert all(len(row["responses"]) == 10 for row in rows)
     assert len(run.read_jsonl(tmp_path / "torn" / "labels.jsonl")) == 80
+    with pytest.raises(SystemExit, match="other --samples or --temperatures"):
+        teacher.main([*COMMON, "--temperatures", "0.5", "--out", str(tmp_path / "torn")])
+
+
+def test_a_student_with_another_tokenizer_learns_the_same_from_the_teachers_text(sampled, tmp_path):
+    """The tiny student, and the same with its token ids in reverse order: a loss that took the teacher's ids for its own would differ."""
+    source, other = weights.TINY / "student", tmp_path / "other"
+    shutil.copytree(source, other)
+    raw = json.loads((source / "tokenizer.json").read_text())
+    last = len(raw["model"]["vocab"]) - 1
+    raw["model"]["vocab"] = {token: last - i for token, i in raw["model"]["vocab"].items()}
+    for token in raw["added_tokens"]:
+        token["id"] = last - token["id"]
+    (other / "tokenizer.json").write_text(json.dumps(raw))
+    for name in ("config.json", "generation_config.json"):
+        raw = json.loads((source / name).read_text())
+        (other / name).write_text(json.dumps({**raw, "eos_token_id": last - raw["eos_token_id"], "pad_token_id": last - raw["pad_token_id"]}))
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.embed_tokens.weight"][:last + 1] = tensors["model.embed_tokens.weight"][:last + 1].flip(0)
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    assert Tokenizer(other).encode("Step 1: 2") != Tokenizer(source).encode("Step 1: 2")
+    losses = []
+    for student in (source, other):
+        out = copy(sampled, tmp_path / f"run of {student.name}", "teacher.jsonl", "labels.jsonl")
+        train_sft.main([*COMMON, *SFT, "--student", str(student), "--learning-rate", "5e-4", *out])
+        losses.append(list(steps_of(tmp_path / f"run of {student.name}", "sft", "held_out_loss").values()))
+    assert losses[0][0] < 0.5 and losses[0] == pytest.approx(losses[1], rel=1e-3)        # a text read with the wrong ids has several nats a token
 
 
 @pytest.mark.parametrize("script, stage, flags, inputs, key", [

@@ -91,6 +91,8 @@ def main(argv=None):
             examples += [(good, bad) for good, bad in zip(kinds[True], kinds[False])]
     print(f"rm: {len(examples)} {'pairs' if config.rm_loss == 'bt' else 'responses'} to train on; held out "
           + ", ".join(f"{len(rows)} of the {source}, {sum(label for *_, label in rows) / max(len(rows), 1):.0%} good" for source, rows in held_out.items()))
+    if len(examples) < config.batch_size:
+        sys.exit(f"That is less than one batch of {config.batch_size}: more --questions, more samples, or a smaller --batch-size.")
 
     # ---- model and optimizer ----
     model = weights.load(folder / "sft", ScalarModel, device=device).train()

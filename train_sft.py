@@ -61,6 +61,9 @@ def main(argv=None):
         split = held_out if run.held_out(row["id"]) else train
         split += [(prompt, tokenizer.encode(text) + [tokenizer.eos_ids[0]]) for text in sorted(good)]
     print(f"sft: {len(train)} responses to train on, {len(held_out)} held out, of {len(labels)} questions")
+    if len(train) < config.batch_size:
+        sys.exit(f"That is less than one batch of {config.batch_size}. Did the teacher's answers end in what the task asks for (look into {folder / 'teacher.jsonl'})? "
+                 "If so: more --questions, more samples of the teacher, or a smaller --batch-size.")
 
     # ---- model and optimizer ----
     model = weights.load(source, device=device).train()
@@ -82,7 +85,8 @@ def main(argv=None):
     def held_out_loss():
         tokens = sum(len(response) for _, response in held_out)
         rows = sorted(held_out, key=lambda row: len(row[0]) + len(row[1]))
-        return sum(summed_loss(rows[i:i + 64], tokens).item() for i in range(0, len(rows), 64))
+        parts = [summed_loss(rows[i:i + config.micro_batch], tokens).item() for i in range(0, len(rows), config.micro_batch)]
+        return sum(parts) if parts else float("nan")               # nothing is held out of a small run: the last weights are kept
 
     # ---- loop ----
     metrics = run.Metrics(folder, "sft")

@@ -36,10 +36,11 @@ class GSM8K(ReadTask):
     def extract_answer(self, text, question=""):
         """The number after the last ####, as a reduced fraction's text ("18", "-5", "3/4"), or None. Never raises; linear in len(text).
 
-        Where an equation stands there, its right side counts; units, a currency and whatever follows the number do not.
+        Where an equation stands there, its right side counts; units, a currency and whatever follows the number do not. Without any ####, as small
+        models often leave it, what follows the last "answer is" counts.
         """
-        _, marks, rest = text.rpartition("####")
-        lines = rest[:REACH].strip().splitlines() if marks else []
+        _, marks, rest = text.rpartition("####" if "####" in text else "answer is")
+        lines = rest[:REACH].strip().lstrip(":*").strip().splitlines() if marks else []
         found = NUMBER.search(lines[0].rpartition("=")[2]) if lines else None
         if not found:
             return None

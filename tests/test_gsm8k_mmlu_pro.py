@@ -15,6 +15,7 @@ QUESTION = "Which?\n\nA. one\nB. two\nC. a dog\nD. Bb Bb\nE. bb bb"
     ("6 * 7 = 42\n#### 42", "42"), ("#### 1,234", "1234"), ("#### 1,234,567.00", "1234567"), ("#### $18.00", "18"), ("####72.", "72"), ("#### 3/4", "3/4"),
     ("#### 6/8", "3/4"), ("#### 0.75", "3/4"), ("#### .5", "1/2"), ("#### -5", "-5"), ("#### \u2212$5", "-5"), ("#### $-5", "-5"), ("####\n 18 dollars\nI hope this helps 3.", "18"),
     ("#### 5 + 3 = 8", "8"), ("#### **12**", "12"), ("#### 12%", "12"), ("#### 7 #### 9", "9"), ("#### x = 10 apples", "10"),
+    ("####\r\n\u00a018", "18"), ("So the answer is 64.", "64"), ("The answer is 3. No, the answer is: $1,200 a year", "1200"), ("The answer is 3 + 4 = 7.", "7"), ("The answer is 3\n#### 4", "4"), ("The answer is 3\n#### none", None),
     ("42", None), ("#### none", None), ("#### 2/0", None), ("####", None), ("", None), ("#### \n\n", None)])
 def test_gsm8k_answers(text, answer):
     assert GSM8K().extract_answer(text) == answer

@@ -201,7 +201,7 @@ def markdown(report, config):
         lines += ["", "AUC against the vote: training questions held out from every stage. Against gold: test questions."]
     if "ppo" in report:
         lines += ["", "| PPO, sampled on training questions | score | true accuracy | KL, nats a response | length | ended |", "|---|---|---|---|---|---|"]
-        lines += [f"| {when} (mean of 5 steps) | {r['score']:.2f} | {r['true_accuracy']:.1%} | {r['kl']:.2f} | {r['length']:.1f} | {r['ended']:.1%} |" for when, r in report["ppo"].items()]
+        lines += [f"| {when} (mean of at most 5 steps) | {r['score']:.2f} | {r['true_accuracy']:.1%} | {r['kl']:.2f} | {r['length']:.1f} | {r['ended']:.1%} |" for when, r in report["ppo"].items()]
     lines += ["", "Seconds: " + ", ".join(f"{stage} {s:.0f}" for stage, s in report["seconds"].items()) + "."]
     return "\n".join(lines) + "\n"
 

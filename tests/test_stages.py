@@ -215,6 +215,16 @@ def test_with_a_probability_as_score_the_values_are_probabilities_too(finished, 
     assert rows["logit"]["value_loss"] > 1 > rows["probability"]["value_loss"]
 
 
+def test_less_than_a_batch_to_train_on_is_an_error_that_says_what_to_do(finished, tmp_path):
+    out = copy(finished, tmp_path / "run", "teacher.jsonl", "labels.jsonl", "student.jsonl", "sft")
+    with pytest.raises(SystemExit, match="less than one batch"):
+        train_rm.main([*COMMON, *RM, "--batch-size", "100000", *out])
+    shutil.rmtree(tmp_path / "run" / "sft")
+    with pytest.raises(SystemExit, match="less than one batch"):
+        train_sft.main([*COMMON, *SFT, "--batch-size", "100000", *out])
+    assert not (tmp_path / "run" / "sft").exists() and not (tmp_path / "run" / "rm").exists()
+
+
 def test_training_scripts_do_not_name_gold():
     for name in ("train_sft.py", "train_rm.py", "train_rl.py", "data/teacher.py"):
         names = {node.attr if isinstance(node, ast.Attribute) else node.id for node in ast.walk(ast.parse((ROOT / name).read_text()))

@@ -2,8 +2,8 @@
 
     python data/tiny/facts.py                     reads out/arithmetic-tiny, writes facts.json and, with [plot], facts.png there
 
-A fact is a step `a op b` as it stands in a response; the corpus that the tiny models were pre-trained on has every fourth of them wrong with a
-probability of its own (see make.py). Here each model samples responses to test questions, and its steps are compared with true arithmetic.
+A fact is a step `a op b` as it stands in a response; the corpus that the tiny models were pre-trained on has every fourth sum or difference wrong
+with a probability of its own (see make.py). Here each model samples responses to test questions, and its steps are compared with true arithmetic.
 """
 
 import argparse

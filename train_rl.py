@@ -213,7 +213,7 @@ def main(argv=None):
             sampled = pad_batch([r.logprobs for r in responses], 0.0).to(device)                      # (B, R), by the sampler
             texts = [tokenizer.decode(r.tokens) if r.ended else "" for r in responses]
             row = metrics(
-                step, score=scores.mean(), rewards=rewards.sum(1).mean(), kl=kl, kl_coef=kl_coef, learning_rate=rate * config.learning_rate,
+                step, score=scores.mean(), rewards=rewards.sum(1).mean(), kl=kl, kl_coef=kl_coef, learning_rate=policy_optimizer.param_groups[0]["lr"],
                 **{f"first_{key}": first_minibatch[key] for key in ("ratio", "approx_kl", "clipfrac")},
                 **{key: value / updates for key, value in stats.items()}, updates=updates,
                 sampler_gap=((sampled - old_logprobs).abs() * response_mask).max(),

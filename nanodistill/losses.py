@@ -57,7 +57,7 @@ def _gradient_chunk(hidden, weight, targets, temperature, needs, scale, entropy_
 
 def _cross_entropy_chunk(hidden, weight, targets, needs, scale):
     """Losses (n,), and the gradients of sum(scale * loss), as `_products` gives them: from the same logits."""
-    logits = _logits(hidden, weight, 1.0)
+    logits = F.linear(hidden, weight.to(hidden.dtype)).float()     # (n, V)
     normalizer = logits.logsumexp(dim=-1)
     losses = normalizer - logits.gather(1, targets.unsqueeze(1)).squeeze(1)
     if not any(needs):

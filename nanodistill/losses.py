@@ -1,163 +1,228 @@
 """Fused linear losses: from hidden states and the head's weight to a loss, without the (tokens x vocabulary) logits.
 
-For Llama 3 the logits of 8,192 tokens take 4 GB in fp32, and their gradient as much again. Here they exist for `CHUNK` tokens at
-a time. Three functions, of two kinds, since they need different things from backward:
+For Llama 3 the logits of 8,192 tokens take 4 GB in fp32, and their gradient as much again. Here they exist for a chunk of tokens at a time, in one
+buffer, and their gradient overwrites them. Three functions, of two kinds, since they need different things from backward:
 
     linear_cross_entropy   scalar losses (SFT; on-policy distillation). All gradients are computed during the forward pass, chunk by
     linear_distillation    chunk: right only because nothing but a scale can come between such a loss and `backward()`.
     linear_logprobs        log-probability of each target and entropy of each distribution (PPO). What multiplies each token's gradient is
-                           known only in backward, so the chunk's logits are computed again there.
+                           known only in backward, so the chunk's logits are computed again there; their normalizers are kept.
 
-The arithmetic inside a chunk runs through torch.compile on CUDA (chunks have one shape, so it compiles once) and eagerly on CPU.
-Logits are matrix products in the dtype of `hidden`; softmax, losses and sums are fp32. Gradients of the head are summed in fp32.
+What happens to a chunk's logits between the matrix products is a *kernel*: a function of a few lines that torch.compile makes one pass or two
+of. Its number of tokens is a dynamic shape, so a kernel compiles once, whatever the lengths. Logits are matrix products in the dtype of
+`hidden`; softmax, losses and sums are fp32. The weight's gradient is summed in fp32, but for bf16 weights of few chunks: see `_Gradients`.
 The idea: Liger-Kernel (arXiv 2410.10989), Cut Cross-Entropy (arXiv 2411.09009). This file imports torch only and can be copied out alone.
 """
 
 import functools
 import math
+import warnings
 
 import torch
 import torch.nn.functional as F
 
-CHUNK = 1024                                                       # tokens whose logits exist at once
+BUDGET = 96 * 2**20                                                # bytes of logits that exist at once: 1,024 tokens of bf16 at a vocabulary of 49,152
+WORTH_COMPILING = 2**22                                            # logits of a chunk; with fewer, compiling takes longer than it will save
 
 
-def _logits(hidden, weight, temperature):
-    return F.linear(hidden, weight.to(hidden.dtype)).float() / temperature   # (n, V) fp32
+# ---- kernels: logits (n, V), overwritten where the name ends in _; all else is (n,) or a scalar tensor, fp32 ----
+
+def _normalizer(logits):
+    return logits.float().logsumexp(dim=-1)                        # log Z
 
 
-def _logprobs_chunk(hidden, weight, targets, temperature):
-    """(n, D), (V, D), (n,) -> logprobs (n,), entropy (n,)."""
-    logits = _logits(hidden, weight, temperature)
-    normalizer = logits.logsumexp(dim=-1)
-    logprobs = logits.gather(1, targets.unsqueeze(1)).squeeze(1) - normalizer
-    probabilities = (logits - normalizer.unsqueeze(1)).exp()
-    return logprobs, normalizer - (probabilities * logits).sum(dim=-1)       # H = log Z - E[logit]
+def _cross_entropy_(logits, scale):
+    """Logits become scale * softmax -> log Z."""
+    x = logits.float()
+    normalizer = x.logsumexp(dim=-1)
+    logits.copy_((x - normalizer[:, None]).exp() * scale)
+    return normalizer
 
 
-def _products(gradient, hidden, weight, needs):
-    """From the gradient of the logits (n, V) those of hidden (n, D) and, in fp32, of weight (V, D); None where `needs` (two bools) says so."""
-    gradient = gradient.to(hidden.dtype)
-    return gradient @ weight.to(hidden.dtype) if needs[0] else None, (gradient.T @ hidden).float() if needs[1] else None
+def _statistics(logits, heat):
+    """-> log Z and entropy of softmax(heat * logits); heat is 1 / temperature."""
+    x = logits.float() * heat
+    largest = x.amax(dim=-1, keepdim=True)
+    shares = (x - largest).exp()
+    total = shares.sum(dim=-1)
+    normalizer = largest.squeeze(-1) + total.log()
+    return normalizer, normalizer - (shares * x).sum(dim=-1) / total         # H = log Z - E[logit]
 
 
-def _gradient_chunk(hidden, weight, targets, temperature, needs, scale, entropy_scale=None):
-    """Gradients of sum(scale * logprobs + entropy_scale * entropy), as `_products` gives them."""
-    logits = _logits(hidden, weight, temperature)
-    probabilities = logits.softmax(dim=-1)
-    gradient = -probabilities
-    gradient.scatter_add_(1, targets.unsqueeze(1), torch.ones_like(targets, dtype=torch.float32).unsqueeze(1))
-    gradient = gradient * (scale / temperature).unsqueeze(1)
-    if entropy_scale is not None:                                  # d H / d logit = -p (log p + H)
-        logprobs = logits.log_softmax(dim=-1)
-        surprise = logprobs - (probabilities * logprobs).sum(dim=-1, keepdim=True)
-        gradient = gradient - probabilities * surprise * (entropy_scale / temperature).unsqueeze(1)
-    return _products(gradient, hidden, weight, needs)
+def _logprobs_gradient_(logits, heat, normalizer, scale):
+    """Logits become the gradient of sum(scale * logprobs) but for the targets' own part: -scale * softmax."""
+    logits.copy_((logits.float() * heat - normalizer[:, None]).exp() * (-heat * scale)[:, None])
 
 
-def _cross_entropy_chunk(hidden, weight, targets, needs, scale):
-    """Losses (n,), and the gradients of sum(scale * loss), as `_products` gives them: from the same logits."""
-    logits = F.linear(hidden, weight.to(hidden.dtype)).float()     # (n, V)
-    normalizer = logits.logsumexp(dim=-1)
-    losses = normalizer - logits.gather(1, targets.unsqueeze(1)).squeeze(1)
-    if not any(needs):
-        return losses, None, None
-    gradient = (logits - normalizer.unsqueeze(1)).exp()
-    gradient.scatter_add_(1, targets.unsqueeze(1), torch.full_like(normalizer, -1.0).unsqueeze(1))
-    return losses, *_products(gradient * scale.unsqueeze(1), hidden, weight, needs)
+def _entropy_gradient_(logits, heat, normalizer, scale, entropy, entropy_scale):
+    """The same of sum(scale * logprobs + entropy_scale * entropy): d H / d logit = -p (log p + H)."""
+    logprobs = logits.float() * heat - normalizer[:, None]
+    surprise = (logprobs + entropy[:, None]) * entropy_scale[:, None]
+    logits.copy_(logprobs.exp() * -heat * (scale[:, None] + surprise))
 
 
-def _distillation_chunk(hidden, weight, teacher_hidden, teacher_weight, temperature, needs, scale, kind):
-    """Divergence of each token (n,), and the gradients of sum(scale * divergence), as `_products` gives them."""
-    student = _logits(hidden, weight, temperature).log_softmax(dim=-1)           # (n, V), as teacher
-    teacher = _logits(teacher_hidden, teacher_weight, temperature).log_softmax(dim=-1)
-    probabilities = student.exp()
+def _distillation_(logits, teacher_logits, heat, scale, kind):
+    """Divergence of each token; logits become the gradient of scale * its sum."""
+    student, teacher = (logits.float() * heat).log_softmax(dim=-1), (teacher_logits.float() * heat).log_softmax(dim=-1)
     if kind == "forward_kl":
         divergence = (teacher.exp() * (teacher - student)).sum(dim=-1)
-        gradient = probabilities - teacher.exp()
+        gradient = student.exp() - teacher.exp()
     else:
         # Both are sum_v p_v f_v + a part whose gradient is within f: d / d logit = p (f - E[f]).
         middle = teacher if kind == "reverse_kl" else torch.logaddexp(student, teacher) - math.log(2)
         f = (student - middle) * (1.0 if kind == "reverse_kl" else 0.5)
-        mean = (probabilities * f).sum(dim=-1)
+        mean = (student.exp() * f).sum(dim=-1)
         divergence = mean if kind == "reverse_kl" else mean + 0.5 * (teacher.exp() * (teacher - middle)).sum(dim=-1)
-        gradient = probabilities * (f - mean.unsqueeze(1))
-    return divergence, *_products(gradient * (scale / temperature).unsqueeze(1), hidden, weight, needs)
+        gradient = student.exp() * (f - mean[:, None])
+    logits.copy_(gradient * (heat * scale))
+    return divergence
+
+
+def _add_(total, part):
+    total.add_(part)                                               # fp32 += bf16: eagerly ten times slower on CPU
 
 
 @functools.cache
-def _compiled(function):
-    return torch.compile(function, dynamic=False)
+def _compiled(kernel):
+    return torch.compile(kernel, fullgraph=True)
 
 
-def _run(function, hidden, *args):
-    return (_compiled(function) if hidden.is_cuda else function)(hidden, *args)
+def _run(kernel, logits, *args):
+    """kernel(logits, *args), compiled if that is worth it and a compiler is there."""
+    if logits.numel() < WORTH_COMPILING or torch.compiler.is_compiling() or _no_compiler(logits.device.type):
+        return kernel(logits, *args)
+    for tensor in (logits, *args):
+        if isinstance(tensor, torch.Tensor) and tensor.dim():
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return _compiled(kernel)(logits, *args)
 
 
-def _chunks(hidden, targets, *more):
-    """Slices of CHUNK tokens; on CUDA the last one is filled up, so that each has the same shape. Yields (n real, slices)."""
-    for parts in zip(*(x.split(CHUNK) for x in (hidden, targets, *more))):
-        real = len(parts[1])
-        if hidden.is_cuda and real < CHUNK:
-            parts = [F.pad(x, (0, 0) * (x.dim() - 1) + (0, CHUNK - real)) for x in parts]
-        yield real, parts
+@functools.cache
+def _no_compiler(device):
+    """Whether compiling fails here, said once."""
+    try:
+        torch.compile(torch.neg)(torch.ones(2, device=device))
+    except Exception as error:                                     # what is raised depends on what is missing
+        warnings.warn(f"torch.compile does not work here, so the fused losses are slower and need more memory: {error}", stacklevel=4)
+        return True
+    return False
+
+
+# ---- chunks ----
+
+def _count(hidden, weight):
+    """Chunks: a chunk's logits take BUDGET bytes at most, or half as many as the head if that is more (each chunk reads all of it three times)."""
+    size = hidden.element_size()
+    return math.ceil(len(hidden) * len(weight) * size / max(BUDGET, weight.numel() * size // 2))
+
+
+def _chunks(weight, hidden, *more):
+    """Equal slices of all tokens: yields (start, logits (n, V), slices). Each logits lies in the same memory."""
+    size = math.ceil(len(hidden) / max(_count(hidden, weight), 1))
+    buffer = hidden.new_empty(size, len(weight))
+    for start in range(0, len(hidden), max(size, 1)):
+        h, *slices = (x[start:start + size] for x in (hidden, *more))
+        yield start, torch.mm(h, weight.T, out=buffer[:len(h)]), (h, *slices)
+
+
+def _put_(logits, targets, values):
+    """logits (n, V) take values (n, 1) at targets (n, 1); scatter_ would copy all of them on CPU."""
+    logits[torch.arange(len(logits), device=logits.device), targets.squeeze(1)] = values.squeeze(1).to(logits.dtype)
 
 
 class _Gradients:
-    """Collects the chunks' gradients of hidden and weight, as far as they are needed."""
+    """Collects the chunks' gradients of hidden and weight, as far as they are needed.
+
+    The weight's is a sum over all chunks, in fp32. With at most FEW of them a bf16 weight's is summed in bf16, which saves its double size: its
+    relative error, 6.0e-3 by bf16 products alone, becomes 6.4e-3 by four sums in bf16 (8.0e-3 by forty; tests/test_losses.py).
+    """
+    FEW = 4
 
     def __init__(self, hidden, weight, needs):
+        dtype = weight.dtype if _count(hidden, weight) <= self.FEW else torch.float32
         self.hidden = torch.empty_like(hidden) if needs[0] else None
-        self.weight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
-        self.dtype, self.start = weight.dtype, 0
+        self.weight = (torch.empty_like if len(hidden) else torch.zeros_like)(weight, dtype=dtype) if needs[1] else None
+        self.dtype = weight.dtype
 
-    def add(self, real, hidden, weight):
-        if hidden is not None:
-            self.hidden.narrow(0, self.start, real).copy_(hidden.narrow(0, 0, real))
-        if weight is not None:
-            self.weight += weight
-        self.start += real
+    def add(self, start, hidden, weight, gradient):
+        """The products of gradient (n, V), in the dtype of hidden (n, D), with hidden and weight (V, D)."""
+        if self.hidden is not None:
+            torch.mm(gradient, weight, out=self.hidden[start:start + len(hidden)])
+        if self.weight is not None and self.weight.dtype == hidden.dtype:
+            self.weight.addmm_(gradient.T, hidden, beta=min(start, 1))
+        elif self.weight is not None:
+            parts = max(weight.numel() // WORTH_COMPILING, 1)      # each stays in the cache
+            for total, part in zip(self.weight.tensor_split(parts), gradient.tensor_split(parts, dim=1)):
+                _run(_add_, total, part.T @ hidden) if start else total.copy_(part.T @ hidden)
 
     def both(self):
         return self.hidden, None if self.weight is None else self.weight.to(self.dtype)
 
 
 class _Scalar(torch.autograd.Function):
-    """A loss whose gradients are known when it is: backward only scales them."""
+    """A loss whose gradients are known when it is: backward only scales them, in place unless the graph is kept for another backward."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, loss, hidden_gradient, weight_gradient):
-        ctx.save_for_backward(hidden_gradient, weight_gradient)
+    def forward(ctx, hidden, weight, loss, *gradients):
+        ctx.gradients = gradients
         return loss
 
     @staticmethod
     def backward(ctx, gradient):
-        return *(None if x is None else gradient.to(x.dtype) * x for x in ctx.saved_tensors), None, None, None
+        if ctx.gradients is None:
+            raise RuntimeError("backward through a fused loss a second time: the first one needs retain_graph=True")
+        gradients, kept = ctx.gradients, _graph_is_kept()
+        ctx.gradients = gradients if kept else None
+        scaled = (None if x is None else x * gradient.to(x.dtype) if kept else x.mul_(gradient) for x in gradients)
+        return *scaled, None, None, None
 
 
-def _needs(hidden, weight):
-    return (hidden.requires_grad, weight.requires_grad) if torch.is_grad_enabled() else (False, False)
+# Private, but PyTorch's own checkpointing asks it too. Where it is missing, the gradients are copied.
+_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
+
+def _prepare(hidden, weight, denominator, temperature=1.0):
+    """-> the weight in the dtype of hidden, whether hidden and weight need gradients, 1 / denominator and 1 / temperature as scalar tensors."""
+    def inverse(x):
+        return 1 / torch.as_tensor(x, dtype=torch.float32, device=hidden.device)
+    needs = (hidden.requires_grad, weight.requires_grad) if torch.is_grad_enabled() else (False, False)
+    return weight.detach().to(hidden.dtype), needs, inverse(denominator), inverse(temperature)
+
+
+def _whole(weight):
+    """A weight that FSDP2 has sharded, gathered; the mean of all processes' gradients goes back to the shards, as FSDP2's own."""
+    if not hasattr(weight, "full_tensor"):
+        return weight
+    from torch.distributed.tensor import Partial
+    return weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
+
+
+# ---- the losses ----
 
 def linear_cross_entropy(hidden, weight, targets, denominator=None, ignore_index=-100):
     """Cross-entropy of softmax(hidden @ weight.T) against targets, as one fp32 scalar.
 
     Args:
-        hidden: (..., D). weight: (V, D). targets: (...) int64; those equal to `ignore_index` count for nothing.
+        hidden: (..., D). weight: (V, D). targets: (...) int64; those equal to `ignore_index` are left out before anything is computed. On CUDA
+            finding them waits for the device: with ignore_index=None all targets count, and nothing waits.
         denominator: what the summed loss is divided by, a number or a tensor; None: the targets that count in this call. With
             gradient accumulation give the whole batch's count, so that 1 or 4 micro-batches have the same gradient.
     """
-    keep = targets.flatten() != ignore_index
-    hidden, targets = hidden.flatten(0, -2)[keep], targets.flatten()[keep]   # (N, D), (N,)
-    denominator, needs = max(len(targets), 1) if denominator is None else denominator, _needs(hidden, weight)
+    weight, hidden, targets = _whole(weight), hidden.flatten(0, -2), targets.flatten()           # (N, D), (N,)
+    if ignore_index is not None:
+        keep = targets != ignore_index
+        hidden, targets = hidden[keep], targets[keep]
+    w, needs, scale, _ = _prepare(hidden, weight, max(len(targets), 1) if denominator is None else denominator)
     with torch.no_grad():
         loss, gradients = torch.zeros((), device=hidden.device), _Gradients(hidden, weight, needs)
-        scale = torch.ones(len(targets), device=hidden.device) / denominator
-        for real, (h, t, s) in _chunks(hidden, targets, scale):
-            losses, *products = _run(_cross_entropy_chunk, h, weight, t, needs, s)
-            loss += losses.narrow(0, 0, real).sum()
-            gradients.add(real, *products)                         # a filled-up row has scale 0 and adds nothing
-    return _Scalar.apply(hidden, weight, loss / denominator, *gradients.both())
+        for start, logits, (h, t) in _chunks(w, hidden, targets[:, None]):
+            chosen = logits.gather(1, t).float()                                                 # (n, 1)
+            losses = _run(_cross_entropy_, logits, scale)[:, None] - chosen if any(needs) else _run(_normalizer, logits)[:, None] - chosen
+            loss += losses.sum()
+            if any(needs):
+                _put_(logits, t, losses.neg().expm1() * scale)                                   # p - 1, exact also where p is nearly 1
+                gradients.add(start, h, w, logits)
+    return _Scalar.apply(hidden, weight, loss * scale, *gradients.both())
 
 
 def linear_distillation(hidden, weight, teacher_hidden, teacher_weight, kind="forward_kl", mask=None, temperature=1.0, denominator=None):
@@ -173,38 +238,46 @@ def linear_distillation(hidden, weight, teacher_hidden, teacher_weight, kind="fo
     """
     if kind not in ("forward_kl", "reverse_kl", "jsd"):
         raise ValueError(f"kind is {kind!r}, not forward_kl, reverse_kl or jsd")
+    weight, teacher_weight = _whole(weight), _whole(teacher_weight).detach()
     hidden, teacher_hidden = hidden.flatten(0, -2), teacher_hidden.detach().flatten(0, -2)
     if mask is not None:
         hidden, teacher_hidden = hidden[mask.flatten()], teacher_hidden[mask.flatten()]
-    denominator, needs = max(len(hidden), 1) if denominator is None else denominator, _needs(hidden, weight)
+    w, needs, scale, heat = _prepare(hidden, weight, max(len(hidden), 1) if denominator is None else denominator, temperature)
     with torch.no_grad():
         loss, gradients = torch.zeros((), device=hidden.device), _Gradients(hidden, weight, needs)
-        scale, temperature = torch.ones(len(hidden), device=hidden.device) / denominator, torch.tensor(float(temperature), device=hidden.device)
-        for real, (h, s, t) in _chunks(hidden, scale, teacher_hidden):
-            divergence, *products = _run(_distillation_chunk, h, weight, t, teacher_weight, temperature, needs, s, kind)
-            loss += divergence.narrow(0, 0, real).sum()
-            gradients.add(real, *products)
-    return _Scalar.apply(hidden, weight, loss / denominator, *gradients.both())
+        for start, logits, (h, t) in _chunks(w, hidden, teacher_hidden):
+            loss += _run(_distillation_, logits, t @ teacher_weight.to(t.dtype).T, heat, scale, kind).sum()
+            gradients.add(start, h, w, logits)
+    return _Scalar.apply(hidden, weight, loss * scale, *gradients.both())
 
 
 class _Logprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
-        temperature = torch.tensor(float(temperature), device=hidden.device)
-        ctx.save_for_backward(hidden, weight, targets, temperature)
+        w, _, _, heat = _prepare(hidden, weight, 1.0, temperature)
+        logprobs, normalizer, entropy = (torch.empty(len(hidden), device=hidden.device) for _ in range(3))
+        for start, logits, (h, t) in _chunks(w, hidden, targets[:, None]):
+            n = slice(start, start + len(h))
+            normalizer[n], entropy[n] = _run(_statistics, logits, heat)
+            logprobs[n] = logits.gather(1, t).float().squeeze(1) * heat - normalizer[n]
+        ctx.save_for_backward(hidden, weight, targets, heat, logprobs, normalizer, entropy)
         ctx.set_materialize_grads(False)                           # None for an output that the loss does not use: no work for it
-        parts = [[x.narrow(0, 0, real) for x in _run(_logprobs_chunk, h, weight, t, temperature)] for real, (h, t) in _chunks(hidden, targets)]
-        logprobs, entropy = (torch.cat(x) for x in zip(*parts))
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx, gradient, entropy_gradient):
-        hidden, weight, targets, temperature = ctx.saved_tensors
-        gradients, needs = _Gradients(hidden, weight, ctx.needs_input_grad), ctx.needs_input_grad[:2]
-        gradient = torch.zeros_like(entropy_gradient) if gradient is None else gradient
-        scales = [g.contiguous() for g in (gradient, entropy_gradient) if g is not None]
-        for real, (h, t, *s) in _chunks(hidden, targets, *scales):
-            gradients.add(real, *_run(_gradient_chunk, h, weight, t, temperature, needs, *s))
+    def backward(ctx, scale, entropy_scale):
+        hidden, weight, targets, heat, logprobs, normalizer, entropy = ctx.saved_tensors
+        w, gradients = weight.to(hidden.dtype), _Gradients(hidden, weight, ctx.needs_input_grad)
+        scale = torch.zeros_like(logprobs) if scale is None else scale
+        target = -scale * logprobs.expm1()                         # (N,), the gradient of the target's own logit
+        if entropy_scale is not None:
+            target = target - entropy_scale * logprobs.exp() * (logprobs + entropy)
+        extra = () if entropy_scale is None else (entropy, entropy_scale.contiguous())
+        kernel = _logprobs_gradient_ if entropy_scale is None else _entropy_gradient_
+        for start, logits, (h, t, own, *rows) in _chunks(w, hidden, targets[:, None], target * heat, normalizer, scale.contiguous(), *extra):
+            _run(kernel, logits, heat, *rows)
+            _put_(logits, t, own[:, None])
+            gradients.add(start, h, w, logits)
         return *gradients.both(), None, None
 
 
@@ -214,4 +287,4 @@ def linear_logprobs(hidden, weight, targets, temperature=1.0):
     hidden (N, D), weight (V, D), targets (N,) int64 -> logprobs (N,) fp32 and entropy (N,) fp32 in nats, both differentiable in hidden and
     weight.
     """
-    return _Logprobs.apply(hidden, weight, targets, temperature)
+    return _Logprobs.apply(hidden, _whole(weight), targets, temperature)

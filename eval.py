@@ -68,12 +68,12 @@ def true_accuracy(task, split, ids, texts):
     return sum(task.equal(task.extract_answer(text, questions[id_]), gold[id_]) for id_, text in zip(ids, texts)) / max(len(ids), 1)
 
 
-def sample(model, tokenizer, task, questions, n, temperature, config, generator, description):
+def sample(model, tokenizer, task, questions, n, temperature, config, description):
     """[[Sample] * n] for each question, with `text` and `answer` set on each."""
     rows = [[None] * n for _ in questions]
     prompts = [tokenizer.prompt_ids(task.prompt(q["question"])) for q in questions]
     done = generate(model, prompts, n=n, temperature=temperature, max_new_tokens=config.max_new_tokens, slots=config.slots,
-                    eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id, generator=generator)
+                    eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id, seed=torch.initial_seed())
     for i, j, s in tqdm(done, total=n * len(questions), desc=description, unit="response"):
         s.text = tokenizer.decode(s.tokens)
         s.answer = task.extract_answer(s.text, questions[i]["question"]) if s.ended else None
@@ -87,7 +87,7 @@ def main(argv=None):
         return print(fit.report("eval", config))
     folder, device, dtype = run.start(config, "eval")
     task = TASKS[config.task](config.seed, config.data, config.flawed)
-    metrics, generator = run.Metrics(folder, "eval"), torch.Generator(device).manual_seed(torch.initial_seed())
+    metrics = run.Metrics(folder, "eval")
     if config.models:
         folders = {name: weights.resolve(name, "models") for name in config.models.split(",")}
     else:
@@ -105,12 +105,12 @@ def main(argv=None):
     held_out = [q for q in task.questions("train") if run.held_out(q["id"]) and labels.get(q["id"], {}).get("vote") is not None]
     for name, path in folders.items():
         tokenizer, model = Tokenizer(path), weights.load(path, device=device, dtype=dtype)
-        greedy = sample(model, tokenizer, task, questions, 1, 0.0, config, generator, f"{name}, greedy")
+        greedy = sample(model, tokenizer, task, questions, 1, 0.0, config, f"{name}, greedy")
         right[name] = [task.equal(s.answer, gold[q["id"]]) for q, (s,) in zip(questions, greedy)]
         low, high = wilson(sum(right[name]), len(questions))
-        sampled[name] = sample(model, tokenizer, task, questions, config.samples, 1.0, config, generator, f"{name}, {config.samples} samples")
+        sampled[name] = sample(model, tokenizer, task, questions, config.samples, 1.0, config, f"{name}, {config.samples} samples")
         if name == "rl" and held_out:
-            held_out_samples["rl"] = sample(model, tokenizer, task, held_out, config.samples, 1.0, config, generator, "rl, held-out questions")
+            held_out_samples["rl"] = sample(model, tokenizer, task, held_out, config.samples, 1.0, config, "rl, held-out questions")
         hits = [[task.equal(s.answer, gold[q["id"]]) for s in row] for q, row in zip(questions, sampled[name])]
         majority = [task.equal(Counter(s.answer for s in row).most_common(1)[0][0], gold[q["id"]]) for q, row in zip(questions, sampled[name])]
         report["models"][name] = {

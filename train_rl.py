@@ -119,7 +119,6 @@ def main(argv=None):
 
     # ---- loop ----
     metrics = run.Metrics(folder, "rl")
-    generator = torch.Generator(device)
     state = run.load_checkpoint(folder / "rl" / "resume.pt", config)
     if state:
         policy.load_state_dict(state["policy"])
@@ -132,7 +131,6 @@ def main(argv=None):
         for step in bar:
             # A step's questions, samples and minibatches follow from the seed and the step: a resumed run does the same.
             rng = random.Random(f"rl {config.seed} {step}")
-            generator.manual_seed(rng.getrandbits(32))
             chosen = rng.sample(questions, min(config.prompts, len(questions)))
             chosen += rng.choices(questions, k=config.prompts - len(chosen))                          # fewer questions than a step wants
             chosen = [q["id"] for q in chosen for _ in range(config.samples)]
@@ -141,7 +139,7 @@ def main(argv=None):
             responses = [None] * batch_size
             for i, j, sample in generate(policy, [prompts[id_] for id_ in chosen[::config.samples]], n=config.samples,
                                          temperature=config.temperature, max_new_tokens=config.max_new_tokens, slots=config.slots,
-                                         eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id, generator=generator):
+                                         eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id, seed=rng.getrandbits(63)):
                 responses[i * config.samples + j] = sample
             rows = [prompts[id_] + r.tokens for id_, r in zip(chosen, responses)]
             ids = pad_batch(rows, tokenizer.pad_id).to(device)                                        # (B, T)

@@ -44,10 +44,9 @@ TINY = dict(min_agreement=0.4, max_new_tokens=56, slots=256)
 def local(model, tokenizer, task, max_new_tokens, slots):
     """A sampler for `collect`: the model in this process."""
     def sampler(questions, temperatures, seed):
-        generator = torch.Generator(model.head.device).manual_seed(seed)
         samples = generate(model, [tokenizer.prompt_ids(task.prompt(q["question"])) for q in questions], n=len(temperatures),
                            temperature=temperatures, max_new_tokens=max_new_tokens, eos_ids=tokenizer.eos_ids,
-                           pad_id=tokenizer.pad_id, slots=slots, generator=generator)
+                           pad_id=tokenizer.pad_id, slots=slots, seed=seed)
         for i, j, sample in samples:
             yield questions[i]["id"], j, tokenizer.decode(sample.tokens), sample.ended, len(sample.tokens)
     return sampler

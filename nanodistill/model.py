@@ -13,8 +13,8 @@ dtype (`dtype="bf16"` on GPUs): each weight is cast where it is used, and nothin
 Norms, rotary angles and logits are computed in fp32.
 
 Shapes: B sequences, T tokens, D hidden, V vocabulary, H query heads, K key-value heads, S cache slots a sequence.
-Sequences are padded on the right. A token at index t sits at position t, so causal attention never lets a real token see a pad
-and no padding mask is needed. This file imports torch only and can be copied out alone.
+Sequences are padded on the right, or laid end to end (`pack`). A token at index t sits at position t, so causal attention never lets a real
+token see a pad and no padding mask is needed. This file imports torch only and can be copied out alone.
 """
 
 import copy
@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -84,7 +85,7 @@ def rope_frequencies(config):
 
 
 def rotate(x, cos, sin):
-    """Rotate channel pairs (i, i + head_dim/2) of x (B, heads, T, head_dim) by the angles in cos, sin (T, head_dim) or (B, 1, T, head_dim)."""
+    """Rotate channel pairs (i, i + head_dim/2) of x (..., heads, head_dim) by the angles in cos, sin (..., 1, head_dim)."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -92,42 +93,63 @@ def rotate(x, cos, sin):
 class KVCache:
     """Keys and values of B sequences in tensors of fixed shape, so that one compiled step serves every length.
 
-    Row b holds its own sequence from index 0 on; `positions` given to the trunk say where each new token is written.
-    What lies past a row's position is stale and never attended to.
+    Row b holds its own sequence from index 0 on. What lies past a row's newest token is stale and never attended to. Keys are kept transposed:
+    a decode step multiplies one query with all of them, and in bf16 on CPU that product takes a third of the time so.
     """
 
     def __init__(self, config, batch, length, device, dtype):
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)  # (layers, B, K, S, head_dim)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads)
+        self.k = torch.zeros(*shape, config.head_dim, length, device=device, dtype=dtype)  # (layers, B, K, head_dim, S)
+        self.v = torch.zeros(*shape, length, config.head_dim, device=device, dtype=dtype)  # (layers, B, K, S, head_dim)
 
-    def update(self, layer, k, v, positions):
-        """Write k, v (B, K, T, head_dim) at positions (B, T) of a layer; return that layer's whole cache (B, K, S, head_dim)."""
-        rows = torch.arange(k.shape[0], device=k.device)[:, None]     # (B, 1), broadcasts against positions (B, T)
-        self.k[layer][rows, :, positions] = k.transpose(1, 2)        # (B, T, K, head_dim)
-        self.v[layer][rows, :, positions] = v.transpose(1, 2)
-        return self.k[layer], self.v[layer]
+    def grown(self, length):
+        """A copy with `length` slots a row."""
+        view, more = copy.copy(self), length - self.v.shape[3]
+        view.k, view.v = F.pad(self.k, (0, more)), F.pad(self.v, (0, 0, 0, more))
+        return view
 
-    def trimmed(self, length):
-        """A view of the first `length` slots of each row, rounded up to 32 so that few shapes occur."""
+    def rows(self, chosen):
+        """A cache of the rows `chosen` alone, copied."""
         view = copy.copy(self)
-        view.k, view.v = (x[:, :, :, :-(-length // 32) * 32] for x in (self.k, self.v))
+        view.k, view.v = self.k[:, chosen], self.v[:, chosen]
         return view
 
     def copy_rows(self, other, source, target):
         """Copy the rows `source` of another cache, no longer than this one, to the rows `target` of this one."""
-        length = other.k.shape[3]
-        self.k[:, target, :, :length] = other.k[:, source]
+        length = other.v.shape[3]
+        self.k[:, target, :, :, :length] = other.k[:, source]
         self.v[:, target, :, :length] = other.v[:, source]
+
+
+@dataclass
+class Packed:
+    """Sequences of unequal length laid end to end, N tokens in all, so that only attention ever sees padding."""
+    ids: torch.Tensor                      # (N,) int64
+    positions: torch.Tensor                # (N,) within its own sequence
+    places: torch.Tensor                   # (N,) of each token in the (B, T) grid, flattened
+    shape: tuple                           # B, T: the longest
+
+    def grid(self, x):
+        """x (N, ...) -> (B, T, ...), zeros in the padding."""
+        B, T = self.shape
+        return x.new_zeros(B * T, *x.shape[1:]).index_copy(0, self.places, x).unflatten(0, (B, T))
+
+
+def pack(rows, device="cpu"):
+    """Lists of token ids, none empty -> Packed. All counting is done on the host, so nothing waits for the device."""
+    longest = max(map(len, rows))
+    positions = torch.cat([torch.arange(len(row)) for row in rows])
+    places = positions + torch.repeat_interleave(torch.arange(len(rows)) * longest, torch.tensor([len(row) for row in rows]))
+    ids = torch.tensor([token for row in rows for token in row])
+    return Packed(ids.to(device), positions.to(device), places.to(device), (len(rows), longest))
 
 
 class Attention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245) with rotary positions, through PyTorch's scaled_dot_product_attention."""
 
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         bias, norms = config.model_type == "qwen2", config.model_type == "qwen3"
         self.q_proj = Linear(config.hidden_size, self.heads * self.head_dim, bias)
         self.k_proj = Linear(config.hidden_size, self.kv_heads * self.head_dim, bias)
@@ -136,21 +158,35 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if norms else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if norms else nn.Identity()
 
-    def forward(self, x, cos, sin, cache=None, positions=None, mask=None):
-        B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.heads, self.head_dim).transpose(1, 2)     # (B, H, T, head_dim)
-        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, head_dim)
-        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v, positions)                         # (B, K, S, head_dim)
-        if T == 1:
-            # One new token: the H / K query heads of a group are as many queries over the same keys. No key is copied.
-            out = F.scaled_dot_product_attention(q.view(B, self.kv_heads, -1, self.head_dim), k, v, attn_mask=mask)
-            return self.o_proj(out.view(B, 1, self.heads * self.head_dim))           # (B, K, H / K, head_dim) is head order
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                             enable_gqa=self.heads != self.kv_heads)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, self.heads * self.head_dim))
+    def forward(self, x, cos, sin, packed=None, cache=None, positions=None, mask=None):
+        """x (B, T, D) or packed (N, D) -> the same shape. `cache` is this layer's (keys, values)."""
+        q = self.q_norm(self.q_proj(x).unflatten(-1, (self.heads, self.head_dim)))         # (B, T, H, head_dim), or (N, ...) if packed
+        k = self.k_norm(self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim)))      # (B, T, K, head_dim)
+        v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if mask is not None:
+            return self.o_proj(self.decode(q, k, v, *cache, positions, mask))
+        if packed is not None:
+            q, k, v = packed.grid(q), packed.grid(k), packed.grid(v)                       # (B, T, heads, head_dim)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)                  # (B, heads, T, head_dim)
+        if cache is not None:                                                              # a prefill: fills an empty cache of T slots
+            cache[0].copy_(k.transpose(2, 3))
+            cache[1].copy_(v)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
+        out = out.transpose(1, 2).flatten(2)                                               # (B, T, H * head_dim)
+        return self.o_proj(out if packed is None else out.flatten(0, 1).index_select(0, packed.places))
+
+    def decode(self, q, k, v, keys, values, positions, mask):
+        """One new token a row against its cache, written there at positions (B,). q (B, 1, H, head_dim) -> (B, 1, H * head_dim).
+
+        The H / K query heads of a group are as many queries over the same keys: no key is copied. A flash kernel has nothing to tile over one token.
+        """
+        rows = torch.arange(len(q), device=q.device)
+        keys[rows, :, :, positions] = k.squeeze(1)                                         # keys (B, K, head_dim, S)
+        values[rows, :, positions] = v.squeeze(1)                                          # values (B, K, S, head_dim)
+        q = q.view(len(q), self.kv_heads, -1, self.head_dim)                               # (B, K, H / K, head_dim): head order
+        weights = (q @ keys).float() * self.head_dim ** -0.5 + mask                        # (B, K, H / K, S)
+        return (weights.softmax(dim=-1).to(q.dtype) @ values).view(len(q), 1, -1)
 
 
 class MLP(nn.Module):
@@ -167,10 +203,10 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
@@ -186,35 +222,39 @@ class Trunk(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = None                                                            # of the arithmetic; None: the weights' own
+        self.checkpoint = False                                                      # keep no activations of a layer: backward computes them again
         # As nn.Embedding, without the values it would draw: on the meta device that alone imports torch._dynamo, which takes 2 s.
         self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
-        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         # The table is not a parameter and not in the files: it follows from the config. Kept in fp32 whatever the dtype.
         angles = torch.outer(torch.arange(config.max_position_embeddings, device="cpu").float(), rope_frequencies(config))
         self.angles = torch.cat((angles, angles), dim=-1)                            # (max positions, head_dim)
 
     def forward(self, ids, cache=None, positions=None):
-        """ids (B, T) int64 -> hidden (B, T, D).
+        """Whole sequences, causal: ids (B, T) int64, padded on the right -> hidden (B, T, D); or Packed -> hidden (N, D).
 
-        Without a cache: the whole right-padded sequence, causal. With a cache: `positions` (B, T) says where each token stands;
-        it sees every cached index up to its own position.
+        With a cache, Packed prompts fill it (a cache of as many rows, and of the longest's length). ids (B,) with `positions` (B,), where each stands,
+        are one new token a row: it is written there and sees every cached index up to its own -> hidden (B, D).
         """
-        B, T = ids.shape
-        dtype = self.dtype or self.embed_tokens.weight.dtype
+        dtype, packed, mask = self.dtype or self.embed_tokens.weight.dtype, None, None
+        if isinstance(ids, Packed):
+            packed, ids, at = ids, ids.ids, ids.positions                            # (N,)
+        elif positions is not None:
+            ids, at = ids[:, None], positions[:, None]                               # (B, 1)
+            slots = torch.arange(cache.v.shape[3], device=ids.device)                # (S,)
+            mask = torch.where(slots <= at, 0.0, -math.inf)[:, None, None]           # (B, 1, 1, S), added to the attention's logits
+        else:
+            at = torch.arange(ids.shape[1], device=ids.device)                       # (T,)
         if self.angles.device != ids.device:
             self.angles = self.angles.to(ids.device)                                 # not a buffer: `.to(bf16)` must not round it
-        if cache is None:
-            angles, mask = self.angles.narrow(0, 0, T), None                         # (T, head_dim), broadcasts against (B, heads, T, head_dim)
-        else:
-            angles = self.angles[positions][:, None]                                 # (B, 1, T, head_dim)
-            slots = torch.arange(cache.k.shape[3], device=ids.device)                # (S,)
-            mask = (slots <= positions[:, :, None])[:, None]                         # (B, 1, T, S), True = may attend
+        angles = self.angles[at].unsqueeze(-2)                                       # (..., T, 1, head_dim), the same for all heads
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-        x = self.embed_tokens(ids).to(dtype)                                         # (B, T, D)
-        for layer in self.layers:
-            x = layer(x, cos, sin, cache, positions, mask)
-        return self.norm(x)
+        x = self.embed_tokens(ids).to(dtype)                                         # (B, T, D), or (N, D)
+        for i, layer in enumerate(self.layers):
+            args = (x, cos, sin, packed, None if cache is None else (cache.k[i], cache.v[i]), positions, mask)
+            x = checkpoint(layer, *args, use_reentrant=False) if self.checkpoint and torch.is_grad_enabled() else layer(*args)
+        return self.norm(x if positions is None else x.squeeze(1))
 
 
 class CausalLM(nn.Module):
@@ -233,7 +273,7 @@ class CausalLM(nn.Module):
         return self.lm_head.weight
 
     def forward(self, ids, cache=None, positions=None):
-        """ids (B, T) -> logits (B, T, V) fp32."""
+        """ids as `Trunk` takes them -> logits (..., V) fp32."""
         return self.lm_head(self.model(ids, cache, positions)).float()
 
 
@@ -247,7 +287,7 @@ class ScalarModel(nn.Module):
         self.score = Linear(config.hidden_size, 1)
 
     def forward(self, ids):
-        """ids (B, T) -> (B, T) fp32."""
+        """ids (B, T) -> (B, T) fp32; Packed -> (N,)."""
         return self.score(self.model(ids)).float().squeeze(-1)
 
 

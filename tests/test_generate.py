@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import random_model
 
-from nanodistill.generate import choose, generate
+from nanodistill.generate import GOLDEN, choose, generate, mix, uniform
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16, 17, 18], [19, 20], [21, 22, 23, 24, 25, 26], [27, 28]]
 
@@ -46,12 +46,53 @@ def test_logprobs_are_of_the_distribution_sampled(temperature):
 
 def test_choose_draws_from_the_tempered_softmax():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
-    generator = torch.Generator().manual_seed(0)
     n = 40000
-    tokens, _ = choose(logits.expand(n, 4), torch.full((n,), 0.5), generator)
+    tokens, _ = choose(logits.expand(n, 4), torch.full((n,), 0.5), uniform(torch.arange(n) * 977, torch.zeros(n, dtype=torch.long)))
     shares = torch.bincount(tokens, minlength=4) / n
     expected = torch.tensor([0.8650, 0.1171, 0.0158, 0.0021])            # e^4, e^2, 1, e^-2 over their sum 63.12
     assert (shares - expected).abs().max() < 0.008                        # 4.7 standard deviations of the first
+    edges, _ = choose(logits.expand(4, 4), torch.full((4,), 0.5), torch.tensor([1e-8, 0.864, 0.866, 1 - 2**-24]))
+    assert edges.tolist() == [0, 0, 1, 3]                                 # inverse CDF: 0.8650 is the first step
+
+
+def test_mix_is_splitmix64():
+    """Its first three numbers from seed 1234567, published with the reference code (prng.di.unimi.it/splitmix64.c) by rosettacode.org."""
+    numbers = [mix(torch.tensor(1234567) + torch.tensor(k) * GOLDEN).item() & (1 << 64) - 1 for k in (1, 2, 3)]
+    assert numbers == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+def test_random_streams_are_uniform_and_independent():
+    """Over tokens, over streams of neighbouring samples, and between neighbours."""
+    streams = mix(torch.arange(300) * GOLDEN)
+    u = torch.stack([uniform(streams, torch.full((300,), t)) for t in range(300)])            # (tokens, streams)
+    assert 0 < u.min() and u.max() < 1
+    for axis in (0, 1):
+        assert (u.mean(axis) - 0.5).abs().max() < 0.08                     # 4.8 standard deviations
+        assert (u.diff(dim=axis).pow(2).mean() - 1 / 6).abs() < 0.004      # E (u - v)^2 of independent ones
+    assert (torch.histc(u, 20, 0, 1) / u.numel() - 0.05).abs().max() < 0.004
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_samples_do_not_depend_on_the_slots(compile):
+    model = random_model()
+
+    def run(slots):
+        done = generate(model, PROMPTS, n=12, temperature=[0.8, 1.2] * 6, eos_ids=[1, 2, 3, 4], pad_id=0, max_new_tokens=24, slots=slots, seed=3, compile=compile)
+        return {(i, j): (s.tokens, s.ended) for i, j, s in done}
+
+    alone, few, all_at_once = run(1), run(4), run(64)
+    assert alone == few == all_at_once and len(alone) == 72
+    assert len({tuple(tokens) for tokens, _ in alone.values()}) > 60 and len({len(tokens) for tokens, _ in alone.values()}) > 10
+
+
+def test_a_model_kept_in_fp32_samples_in_its_arithmetics_dtype():
+    model = random_model(tie_word_embeddings=True)
+    args = dict(n=2, temperature=1.0, eos_ids=[1], pad_id=0, max_new_tokens=16, seed=1)
+    model.model.dtype = torch.bfloat16
+    kept = [(i, j, s.tokens) for i, j, s in generate(model, PROMPTS, **args)]
+    assert model.head.dtype == torch.float32
+    model.to(torch.bfloat16)
+    assert kept == [(i, j, s.tokens) for i, j, s in generate(model, PROMPTS, **args)]
 
 
 def test_same_seed_same_samples_and_each_sample_its_own_temperature():
@@ -59,7 +100,7 @@ def test_same_seed_same_samples_and_each_sample_its_own_temperature():
 
     def run(seed):
         done = generate(model, PROMPTS, n=3, temperature=[0.0, 0.0, 2.0], eos_ids=[1], pad_id=0, max_new_tokens=12, slots=4,
-                        generator=torch.Generator().manual_seed(seed))
+                        seed=seed)
         return {(i, j): s.tokens for i, j, s in done}
 
     first, second, other = run(1), run(1), run(2)

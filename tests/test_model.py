@@ -5,7 +5,7 @@ import torch
 from conftest import random_model
 
 from nanodistill.generate import generate
-from nanodistill.model import KVCache, ScalarModel
+from nanodistill.model import KVCache, ScalarModel, pack
 from nanodistill.weights import load, save
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
@@ -58,15 +58,32 @@ def test_cached_forward_equals_full_forward_with_rows_of_unequal_length():
     ids = torch.randint(0, 96, (3, 40), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         full = model(ids)
-        cache = KVCache(model.config, 3, 64, "cpu", torch.float32)
+        cache, fresh = (KVCache(model.config, 3, length, "cpu", torch.float32) for length in (64, 17))
         cache.k.fill_(100.0), cache.v.fill_(100.0)                      # stale content must not matter
         prompt = torch.tensor([5, 17, 11])
-        model(ids[:, :17], cache, torch.arange(17).expand(3, 17))       # prompts padded to 17 by tokens to be overwritten
+        model(pack([row[:n] for row, n in zip(ids.tolist(), prompt)]), fresh)
+        cache.copy_rows(fresh, torch.arange(3), torch.arange(3))
+        cache = cache.grown(70)
         for step in range(20):
             at = prompt + step
-            logits = model(ids.gather(1, at[:, None]), cache.trimmed(int(at.max()) + 1), at[:, None])[:, 0]
+            logits = model(ids.gather(1, at[:, None]).squeeze(1), cache, at)
             expected = full[torch.arange(3), at]
             assert (logits - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_packed_sequences_are_as_padded_ones_in_values_and_gradients(checkpoint):
+    model = random_model()
+    rows = [torch.randint(0, 96, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (7, 1, 20, 3)]
+    padded = torch.tensor([row + [0] * (20 - len(row)) for row in rows])
+    mask = torch.tensor([[t < len(row) for t in range(20)] for row in rows])
+    expected = model(padded)[mask]                                      # (31, V)
+    parameters = list(model.parameters())
+    wanted = torch.autograd.grad(expected.sin().sum(), parameters)
+    model.model.checkpoint = checkpoint
+    got = model(pack(rows))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.autograd.grad(got.sin().sum(), parameters), wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_compute_dtype_leaves_weights_and_rope_table_in_fp32():

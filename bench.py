@@ -12,22 +12,26 @@ import argparse
 import importlib
 import importlib.util
 import json
+import random
 import statistics
 import subprocess
 import sys
 import time
 import types
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def losses(args):
     """{side: function of no arguments}: loss and both gradients. The first sides are the matrix products alone that any of them needs."""
     from nanodistill.losses import linear_cross_entropy, linear_logprobs
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    dtype = DTYPES[args.dtype]
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(args.tokens, args.hidden, generator=generator).to(dtype).requires_grad_()
     weight = (0.02 * torch.randn(args.vocabulary, args.hidden, generator=generator)).to(dtype).requires_grad_()
@@ -93,7 +97,7 @@ def load(args):
     def read(model):
         return [p.view(torch.int16 if p.dtype == torch.bfloat16 else torch.int32).max() for p in model.parameters()]
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    dtype = DTYPES[args.dtype]
     sides = {"nanodistill": lambda: read(ours(args.model, dtype=dtype))}
     try:
         import transformers
@@ -105,6 +109,76 @@ def load(args):
     return sides
 
 
+def smollm2(args):
+    """A model of SmolLM2-135M's shape with random weights: ours and, if transformers is installed, theirs on the same ones."""
+    from nanodistill.fit import SHAPES
+    from nanodistill.model import CausalLM, init_weights
+
+    ours = init_weights(CausalLM(SHAPES["135m"]), torch.Generator().manual_seed(0)).to(DTYPES[args.dtype])
+    if not importlib.util.find_spec("transformers"):
+        return ours, print("transformers is not installed: left out")
+    import transformers
+    config = asdict(ours.config)
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": config.pop("rope_theta")}
+    del config["rope_scaling"], config["model_type"]
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config, attn_implementation="sdpa")).to(DTYPES[args.dtype])
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+def generate(args):
+    """{side: function}: sampling at temperature 1 with --batch sequences in flight; each returns its useful tokens, those up to the EOS.
+
+    same: --batch prompts of 128 tokens, 128 new tokens each. ragged: --requests prompts of 32 to 128 tokens, whose responses end after 1 to 128
+    (random weights draw one of 683 tokens that count as EOS once in 72). samples: 30 samples of one prompt, which end so.
+    """
+    from nanodistill.generate import generate as engine
+
+    ours, theirs = smollm2(args)
+    rng = random.Random(0)
+    tokens = [rng.randrange(1000, 49000) for _ in range(128)]
+    prompts = {"same": [tokens] * args.batch, "ragged": [tokens[:rng.randrange(32, 129)] for _ in range(args.requests)], "samples": [tokens]}[args.load]
+    n, eos = 30 if args.load == "samples" else 1, [] if args.load == "same" else list(range(1, 684))
+
+    def nanodistill():
+        return sum(len(sample.tokens) for *_, sample in engine(ours, prompts, n=n, eos_ids=eos, pad_id=0, max_new_tokens=128, slots=args.batch))
+
+    def hugging_face():
+        useful = 0
+        for rows in [prompts[i:i + args.batch] for i in range(0, len(prompts), args.batch)]:
+            longest = max(map(len, rows))
+            ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+            mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+            out = theirs.generate(ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=128, num_return_sequences=n,
+                                  min_new_tokens=None if eos else 128, eos_token_id=eos or None, pad_token_id=0)[:, longest:]
+            useful += sum(next((t + 1 for t, token in enumerate(row) if 0 < token < 684), len(row)) if eos else 128 for row in out.tolist())
+        return useful
+
+    return {"nanodistill": nanodistill} | ({"Hugging Face generate": hugging_face} if theirs else {})
+
+
+def train(args):
+    """{side: function}: one forward and backward pass of SFT on 4 sequences of 512 tokens, all of which bear loss. Theirs is compiled."""
+    from nanodistill.losses import linear_cross_entropy
+
+    ours, theirs = smollm2(args)
+    ids = torch.randint(0, 49152, (4, 513), generator=torch.Generator().manual_seed(0))
+
+    def nanodistill():
+        linear_cross_entropy(ours.model(ids[:, :-1]), ours.head, ids[:, 1:]).backward()
+        ours.zero_grad()
+
+    sides = {"nanodistill": nanodistill}
+    if theirs:
+        compiled = torch.compile(theirs)
+
+        def hugging_face():
+            compiled(ids, labels=ids).loss.backward()
+            theirs.zero_grad()
+        sides["Hugging Face, compiled"] = hugging_face
+    return sides
+
+
 def resident(count):
     """Bytes of this process in memory by Linux's count: "VmRSS" now, "VmHWM" the most since it was last reset."""
     return 1024 * int(Path("/proc/self/status").read_text().split(f"{count}:")[1].split()[0])
@@ -112,21 +186,24 @@ def resident(count):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", choices=["losses", "load"])
+    parser.add_argument("work", choices=["losses", "generate", "train", "load"])
     parser.add_argument("--tokens", type=int, default=4096, help="rows of the hidden states (default: 4096)")
     parser.add_argument("--hidden", type=int, default=576, help="their width (default: 576, SmolLM2-135M's)")
     parser.add_argument("--vocabulary", type=int, default=49152, help="rows of the head (default: 49152)")
+    parser.add_argument("--load", choices=["same", "ragged", "samples"], default="same", help="what is sampled, for generate (default: same)")
+    parser.add_argument("--batch", type=int, default=16, help="sequences in flight, for generate (default: 16)")
+    parser.add_argument("--requests", type=int, default=256, help="prompts of the ragged load (default: 256)")
     parser.add_argument("--model", default="", help="HF folder, for load")
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="", help="default: fp32 for losses, bf16 for load")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="", help="default: fp32 for losses and train, bf16 for generate and load")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--rounds", type=int, default=5, help="of all sides in turn, after one that does not count (default: 5)")
     parser.add_argument("--memory-of", default="", help=argparse.SUPPRESS)           # how this script calls itself for one side in a fresh process
     args = parser.parse_args()
-    args.dtype = args.dtype or {"losses": "fp32", "load": "bf16"}[args.work]
+    args.dtype = args.dtype or {"losses": "fp32", "train": "fp32"}.get(args.work, "bf16")
     if args.work == "load" and not (Path(args.model) / "config.json").exists():
         parser.error("load needs --model, an HF folder")
     torch.set_num_threads(args.threads)
-    sides = {"losses": losses, "load": load}[args.work](args)
+    sides = {"losses": losses, "generate": generate, "train": train, "load": load}[args.work](args)
     if args.memory_of:
         if args.work != "load":
             sides[args.memory_of]()                                 # what is compiled or imported in the first round stays out of the count
@@ -136,21 +213,24 @@ def main():
         print(f"added {resident('VmHWM') - before}")
         return
 
-    seconds = {name: [] for name in sides}
+    seconds, made = {name: [] for name in sides}, {name: [] for name in sides}
     for _ in range(args.rounds + 1):
         for name, side in sides.items():
             begun = time.perf_counter()
-            side()
+            made[name].append(side())
             seconds[name].append(time.perf_counter() - begun)
-    first, table = None, ["| side | seconds, median | of the first | memory added, MiB |", "|---|---|---|---|"]
+    first, table = None, [f"| side | seconds, median | of the first | {'useful tokens a second' if args.work == 'generate' else 'memory added, MiB'} |", "|---|---|---|---|"]
     for name in sides:
-        done = subprocess.run([sys.executable, *sys.argv, "--memory-of", name], capture_output=True, text=True, check=True)
-        added = int(done.stdout.rpartition("added ")[2]) / 2**20
         median = statistics.median(seconds[name][1:])
+        row = {"work": args.work, "side": name, "seconds": [round(s, 4) for s in seconds[name][1:]], "median": round(median, 4)}
+        if args.work == "generate":
+            last = row["tokens_a_second"] = round(statistics.median(m / s for m, s in zip(made[name][1:], seconds[name][1:])), 1)
+        else:
+            done = subprocess.run([sys.executable, *sys.argv, "--memory-of", name], capture_output=True, text=True, check=True)
+            last = row["added_mib"] = round(int(done.stdout.rpartition("added ")[2]) / 2**20)
         first = median if first is None or name.endswith("matrix products") else first
-        print(json.dumps({"work": args.work, "side": name, "seconds": [round(s, 4) for s in seconds[name][1:]], "median": round(median, 4),
-                          "ratio": round(median / first, 3), "added_mib": round(added), **{k: getattr(args, k) for k in ("tokens", "hidden", "vocabulary", "dtype", "threads")}}))
-        table.append(f"| {name} | {median:.3f} | {median / first:.2f} | {added:.0f} |")
+        print(json.dumps({**row, "ratio": round(median / first, 3), **{name: value for name, value in vars(args).items() if name not in ("work", "memory_of")}}))
+        table.append(f"| {name} | {median:.3f} | {median / first:.2f} | {last} |")
     print("\n".join(["", *table]))
 
 

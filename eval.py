@@ -128,7 +128,7 @@ def main(argv=None):
         def scores(rows):
             """Scores of [(question, text, ended)]."""
             ids = [tokenizer.prompt_ids(task.prompt(q)) + tokenizer.encode(text) + [tokenizer.eos_ids[0]] * ended for q, text, ended in rows]
-            return score_sequences(model, ids, tokenizer.pad_id, device)
+            return score_sequences(model, ids)
 
         figures = {"auc": {}, "auc_gold": {}, "auc_own_logprob": {}, "held_out": {}}
         for name, file in (("teacher", "teacher.jsonl"), ("sft", "student.jsonl"), ("rl", None)):

@@ -27,9 +27,9 @@ from eval import true_accuracy
 from nanodistill import fit, ppo, run, weights
 from nanodistill.generate import generate
 from nanodistill.losses import linear_logprobs
-from nanodistill.model import ScalarModel
-from nanodistill.reward import at_last
-from nanodistill.tokenizer import Tokenizer, pad_batch
+from nanodistill.model import ScalarModel, pack
+from nanodistill.reward import score
+from nanodistill.tokenizer import Tokenizer
 
 
 # ---- config ----
@@ -45,6 +45,7 @@ class Config(run.Common):
     ppo_epochs: int = run.flag(2, "passes over a step's responses")
     minibatches: int = run.flag(4, "optimizer steps a pass")
     micro_batch: int = run.flag(8, "responses a forward and backward pass; the gradient does not depend on it")
+    checkpoint: bool = run.flag(False, "activation checkpointing: a layer's activations are computed again in backward instead of kept")
     learning_rate: float = run.flag(1e-6, "of the policy")
     value_learning_rate: float = run.flag(5e-6, "of the value model")
     warmup: float = run.flag(0.05, "share of the steps in which the learning rates rise; then they fall to 0 at the last")
@@ -94,7 +95,8 @@ def main(argv=None):
     # ---- models and optimizers: fp32 weights for what is trained, the arithmetic's dtype for what is frozen ----
     policy = weights.load(folder / "sft", device=device).train()
     value_model = weights.load(folder / ("rm" if config.value_from == "reward" else "sft"), ScalarModel, device=device).train()
-    policy.model.dtype = value_model.model.dtype = dtype
+    for model in (policy.model, value_model.model):
+        model.dtype, model.checkpoint = dtype, config.checkpoint
     reference = weights.load(folder / "sft", device=device, dtype=dtype).requires_grad_(False)
     reward_model = weights.load(folder / "rm", ScalarModel, device=device, dtype=dtype).requires_grad_(False)
     adam = dict(betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -104,18 +106,23 @@ def main(argv=None):
     # A probability has a ceiling: a response that is surely good gains nothing more, and the gradient goes to those that are not.
     squash = torch.sigmoid if config.score == "probability" else torch.nn.Identity()
 
-    def response_logprobs(model, ids, at, targets):
-        """Logprobs and entropy (B, R) of the response tokens `targets` (B, R). `at` (B, R): the index whose hidden state predicts each."""
-        hidden = model.model(ids)                                                                     # (B, T, D)
-        hidden = hidden.gather(1, at[:, :, None].expand(-1, -1, hidden.shape[-1]))                    # (B, R, D)
-        logprobs, entropy = linear_logprobs(hidden.flatten(0, 1), model.head, targets.flatten(), config.temperature)
-        return logprobs.view(targets.shape), entropy.view(targets.shape)
+    # What there is for each response token lies in tensors (B, R). Models see some of their rows packed, and give flat tensors of these rows' tokens.
+    def predictors(model, rows, counts):
+        """Hidden states (or values) at the positions that predict the last `counts` tokens of `rows`, flat."""
+        packed = pack([row[:-1] for row in rows], device)
+        return model(packed).index_select(0, packed.tail(counts))
 
-    def in_micro_batches(function, *tensors):
-        """`function` of rows of `tensors`, micro_batch at a time, without gradient; what it returns, joined."""
-        with torch.no_grad():
-            parts = [function(*(x[i:i + micro_batch] for x in tensors)) for i in range(0, batch_size, micro_batch)]
-        return [torch.cat(column) for column in zip(*parts)]
+    def response_logprobs(model, rows, responses):
+        """Logprobs and entropy, flat, of the response tokens at the end of `rows`."""
+        hidden, targets = predictors(model.model, rows, [len(r.tokens) for r in responses]), [token for r in responses for token in r.tokens]
+        return linear_logprobs(hidden, model.head, torch.tensor(targets).to(device), config.temperature)
+
+    def response_values(rows, responses):
+        return squash(predictors(value_model, rows, [len(r.tokens) for r in responses]))
+
+    def places(lengths, chosen):
+        """Index, into the (B, R) of all, of the tokens of the responses `chosen`."""
+        return torch.cat([torch.arange(lengths[b]) + b * max(lengths) for b in chosen]).to(device)
 
     # ---- loop ----
     metrics = run.Metrics(folder, "rl")
@@ -142,20 +149,22 @@ def main(argv=None):
                                          eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id, seed=rng.getrandbits(63)):
                 responses[i * config.samples + j] = sample
             rows = [prompts[id_] + r.tokens for id_, r in zip(chosen, responses)]
-            ids = pad_batch(rows, tokenizer.pad_id).to(device)                                        # (B, T)
-            targets = pad_batch([r.tokens for r in responses], tokenizer.pad_id).to(device)           # (B, R)
-            prompt_lengths = torch.tensor([len(prompts[id_]) for id_ in chosen]).to(device)           # (B,)
-            lengths = torch.tensor([len(r.tokens) for r in responses]).to(device)                     # (B,)
-            ended = torch.tensor([r.ended for r in responses]).to(device)
-            offsets = torch.arange(targets.shape[1], device=device)                                   # (R,)
-            response_mask = offsets < lengths[:, None]                                                # (B, R), True = a sampled token
-            at = (prompt_lengths[:, None] - 1 + offsets).clamp(max=ids.shape[1] - 1)                  # (B, R)
+            lengths = [len(r.tokens) for r in responses]
+            ended = torch.tensor([r.ended for r in responses]).to(device)                             # (B,)
+            response_mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).to(device)  # (B, R), True = a sampled token
 
-            # ---- scores, logprobs, values, rewards, advantages ----
-            old_logprobs, entropy = in_micro_batches(lambda *x: response_logprobs(policy, *x), ids, at, targets)
-            ref_logprobs, _ = in_micro_batches(lambda *x: response_logprobs(reference, *x), ids, at, targets)
-            old_values, = in_micro_batches(lambda i, a: (squash(value_model(i).gather(1, a)),), ids, at)
-            scores, = in_micro_batches(lambda i, n: (squash(at_last(reward_model(i), n)),), ids, prompt_lengths + lengths)
+            # ---- scores, logprobs, values, rewards, advantages; responses of like lengths together ----
+            old_logprobs, entropy, ref_logprobs, old_values = (torch.zeros(response_mask.shape, device=device) for _ in range(4))
+            scores = torch.zeros(batch_size, device=device)
+            by_length = sorted(range(batch_size), key=lambda b: len(rows[b]))
+            with torch.no_grad():
+                for start in range(0, batch_size, micro_batch):
+                    some = by_length[start:start + micro_batch]
+                    some_rows, some_responses, at = [rows[b] for b in some], [responses[b] for b in some], places(lengths, some)
+                    old_logprobs.view(-1)[at], entropy.view(-1)[at] = response_logprobs(policy, some_rows, some_responses)
+                    ref_logprobs.view(-1)[at], _ = response_logprobs(reference, some_rows, some_responses)
+                    old_values.view(-1)[at] = response_values(some_rows, some_responses)
+                    scores[torch.tensor(some).to(device)] = squash(score(reward_model, some_rows))
             shaped = ppo.whiten(scores, torch.ones_like(ended)) if config.whiten_scores else scores
             shaped = shaped - config.no_eos_penalty * ~ended
             rewards = ppo.shape_rewards(shaped, old_logprobs, ref_logprobs, response_mask, kl_coef)
@@ -175,15 +184,19 @@ def main(argv=None):
                 order = list(range(batch_size))
                 rng.shuffle(order)
                 for start in range(0, batch_size, minibatch):
-                    tokens = response_mask[order[start:start + minibatch]].sum()
+                    tokens = sum(lengths[b] for b in order[start:start + minibatch])
+                    sorted_order = sorted(order[start:start + minibatch], key=lambda b: len(rows[b]))
                     mb_stats = {}
-                    for begin in range(start, start + minibatch, micro_batch):
-                        mb = torch.tensor(order[begin:begin + micro_batch]).to(device)
-                        mb_logprobs, _ = response_logprobs(policy, ids[mb], at[mb], targets[mb])
-                        loss, policy_stats = ppo.policy_loss(mb_logprobs, old_logprobs[mb], advantages[mb], response_mask[mb], config.clip, tokens)
+                    for begin in range(0, minibatch, micro_batch):
+                        mb = sorted_order[begin:begin + micro_batch]
+                        mb_rows, mb_responses, at = [rows[b] for b in mb], [responses[b] for b in mb], places(lengths, mb)
+                        mb_old_logprobs, mb_advantages, mb_old_values, mb_returns = (x.flatten()[at] for x in (old_logprobs, advantages, old_values, returns))
+                        every = torch.ones_like(at, dtype=torch.bool)                                 # flat: there is nothing to mask
+                        mb_logprobs, _ = response_logprobs(policy, mb_rows, mb_responses)
+                        loss, policy_stats = ppo.policy_loss(mb_logprobs, mb_old_logprobs, mb_advantages, every, config.clip, tokens)
                         loss.backward()
-                        mb_values = squash(value_model(ids[mb]).gather(1, at[mb]))
-                        v_loss = ppo.value_loss(mb_values, old_values[mb], returns[mb], response_mask[mb], config.value_clip, tokens)
+                        mb_values = response_values(mb_rows, mb_responses)
+                        v_loss = ppo.value_loss(mb_values, mb_old_values, mb_returns, every, config.value_clip, tokens)
                         v_loss.backward()
                         for key, value in {**policy_stats, "policy_loss": loss.detach(), "value_loss": v_loss.detach()}.items():
                             mb_stats[key] = mb_stats.get(key, 0) + value
@@ -208,15 +221,15 @@ def main(argv=None):
                 kl_coef = ppo.adapt_kl(kl_coef, kl.item(), config.kl_target, batch_size)
 
             # ---- metrics ----
-            sampled = pad_batch([r.logprobs for r in responses], 0.0).to(device)                      # (B, R), by the sampler
+            sampled = torch.tensor([logprob for r in responses for logprob in r.logprobs]).to(device)  # by the sampler, flat
             texts = [tokenizer.decode(r.tokens) if r.ended else "" for r in responses]
             row = metrics(
                 step, score=scores.mean(), rewards=rewards.sum(1).mean(), kl=kl, kl_coef=kl_coef, learning_rate=policy_optimizer.param_groups[0]["lr"],
                 **{f"first_{key}": first_minibatch[key] for key in ("ratio", "approx_kl", "clipfrac")},
                 **{key: value / updates for key, value in stats.items()}, updates=updates,
-                sampler_gap=((sampled - old_logprobs).abs() * response_mask).max(),
+                sampler_gap=(sampled - old_logprobs.flatten()[places(lengths, range(batch_size))]).abs().max(),
                 explained_variance=ppo.explained_variance(old_values, returns, response_mask),
-                entropy=ppo.masked_mean(entropy, response_mask), length=lengths.float().mean(), ended=ended.float().mean(),
+                entropy=ppo.masked_mean(entropy, response_mask), length=sum(lengths) / batch_size, ended=ended.float().mean(),
                 true_accuracy=true_accuracy(task, "train", chosen, texts))
             bar.set_postfix(score=f"{row['score']:.2f}", kl=f"{row['kl']:.2f}", true=f"{row['true_accuracy']:.2f}", length=f"{row['length']:.0f}")
 

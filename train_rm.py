@@ -24,9 +24,9 @@ from tqdm import tqdm
 from data import TASKS
 from data.teacher import collect, local
 from nanodistill import fit, run, weights
-from nanodistill.model import ScalarModel
-from nanodistill.reward import at_last, bce_loss, bt_loss, calibration, measure, score_sequences
-from nanodistill.tokenizer import Tokenizer, pad_batch
+from nanodistill.model import ScalarModel, pack
+from nanodistill.reward import bce_loss, bt_loss, calibration, measure, score, score_sequences
+from nanodistill.tokenizer import Tokenizer
 
 
 # ---- config ----
@@ -42,6 +42,7 @@ class Config(run.Common):
     epochs: float = run.flag(1.0, "passes over the responses (over the questions' pairs for bt)")
     batch_size: int = run.flag(64, "responses (or pairs) an optimizer step")
     micro_batch: int = run.flag(8, "responses (or pairs) a forward and backward pass; the gradient does not depend on it")
+    checkpoint: bool = run.flag(False, "activation checkpointing: a layer's activations are computed again in backward instead of kept")
     optimizer: str = run.flag("adamw", "muon: orthogonalised updates for the layers' matrices, AdamW for the rest", ("adamw", "muon"))
     learning_rate: float = run.flag(1e-5, "peak; rises over the first steps, then falls linearly to a tenth")
     warmup: float = run.flag(0.05, "share of the steps in which the learning rate rises")
@@ -96,7 +97,7 @@ def main(argv=None):
 
     # ---- model and optimizer ----
     model = weights.load(folder / "sft", ScalarModel, device=device).train()
-    model.model.dtype = dtype
+    model.model.dtype, model.model.checkpoint = dtype, config.checkpoint
     # Of a few thousand labels the tiny reward model learns far more facts with Muon: AUC 0.85 after half a pass, where AdamW has 0.79 (docs/log.md).
     muon = [p for name, p in model.named_parameters() if config.optimizer == "muon" and p.dim() == 2 and name.startswith("model.layers")]
     rest = [p for p in model.parameters() if not any(p is m for m in muon)]
@@ -109,25 +110,19 @@ def main(argv=None):
     def summed_loss(examples, responses, tokens):
         """Loss of `examples`, summed, over the whole batch's count of responses (or pairs), and of earlier response tokens."""
         if config.rm_loss == "bt":
-            rows = [ids for pair in examples for ids in pair]
-            lengths = torch.tensor([len(ids) for ids in rows], device=device)
-            good, bad = at_last(model(pad_batch(rows, tokenizer.pad_id).to(device)), lengths).view(-1, 2).unbind(1)
+            good, bad = score(model, [ids for pair in examples for ids in pair]).view(-1, 2).unbind(1)
             return bt_loss(good, bad, responses)
-        _, prompts, rows, labels = zip(*examples)
-        prompts, lengths = torch.tensor(prompts, device=device)[:, None], torch.tensor([len(ids) for ids in rows], device=device)
-        labels = torch.tensor(labels, device=device).float()
-        values = model(pad_batch(rows, tokenizer.pad_id).to(device))                                       # (B, T)
-        loss = bce_loss(at_last(values, lengths), labels, responses)
-        if config.token_loss:                                      # from the prompt's last token on: these are the value model's states
-            place = torch.arange(values.shape[1], device=device)
-            earlier = (place >= prompts - 1) & (place < lengths[:, None] - 1)                              # (B, T)
-            loss = loss + config.token_loss * bce_loss(values[earlier], labels[:, None].expand_as(values)[earlier], tokens)
-        return loss
+        # Each by its last token, and from the prompt's last one on by the earlier ones: these are the value model's states.
+        packed = pack([ids for _, _, ids, _ in examples], device)
+        counts = [len(ids) - prompt + 1 if config.token_loss else 1 for _, prompt, ids, _ in examples]
+        labels = torch.tensor([float(label) for (*_, label), n in zip(examples, counts) for _ in range(n)])
+        shares = torch.tensor([share for n in counts for share in [config.token_loss / max(tokens, 1)] * (n - 1) + [1 / responses]])
+        return bce_loss(model(packed).index_select(0, packed.tail(counts)), labels.to(device), shares.to(device))
 
     # ---- evaluation ----
     def evaluate():
         """Scores of the held-out responses, and their figures, by source."""
-        scores = {s: score_sequences(model, [ids for _, _, ids, _ in rows], tokenizer.pad_id, device) for s, rows in held_out.items()}
+        scores = {s: score_sequences(model, [ids for _, _, ids, _ in rows]) for s, rows in held_out.items()}
         return scores, {s: measure(scores[s], [label for *_, label in held_out[s]]) for s in scores}
 
     # ---- loop ----
@@ -184,8 +179,8 @@ def main(argv=None):
     print("rm: sigmoid(score), share good, n on held-out student responses: "
           + "  ".join(f"{p:.2f} {good:.2f} {n}" for p, good, n in calibration(scores["student"], [label for *_, label in held_out["student"]])[1]))
     some = [ids for _, _, ids, _ in held_out["student"][:32]]
-    alone = [score_sequences(model, [ids], tokenizer.pad_id, device)[0] for ids in some]
-    gap = max((abs(a - b) for a, b in zip(alone, score_sequences(model, some, tokenizer.pad_id, device))), default=0.0)
+    alone = [score_sequences(model, [ids])[0] for ids in some]
+    gap = max((abs(a - b) for a, b in zip(alone, score_sequences(model, some))), default=0.0)
     print(f"rm: score alone against score in a padded batch: largest difference {gap:.1e}")
     metrics(step, **{f"{k}_{s}": v for s, f in figures.items() for k, v in f.items()}, padding_gap=gap, seconds=metrics.seconds(seconds))
     weights.save(model, folder / "rm", folder / "sft")

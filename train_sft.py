@@ -8,7 +8,7 @@ and writes sft/, an HF folder. The loss is the mean cross-entropy of the respons
 
 What to look at: the held-out loss (questions kept out of training) falls, then stops. The weights kept are those of its minimum. The longer
 schedules that were tried on tiny models reached no lower loss than three passes (docs/log.md).
-Left out: packing several responses into one sequence (batches of like lengths waste little), learning-rate search.
+Left out: a learning-rate search.
 """
 
 import random
@@ -21,7 +21,8 @@ from tqdm import tqdm
 from data import TASKS
 from nanodistill import fit, run, weights
 from nanodistill.losses import linear_cross_entropy
-from nanodistill.tokenizer import Tokenizer, pad_batch
+from nanodistill.model import pack
+from nanodistill.tokenizer import Tokenizer
 
 
 # ---- config ----
@@ -31,6 +32,7 @@ class Config(run.Common):
     epochs: float = run.flag(3.0, "passes over the responses; the best held-out loss among the evaluations is kept")
     batch_size: int = run.flag(64, "responses an optimizer step")
     micro_batch: int = run.flag(8, "responses a forward and backward pass; the gradient does not depend on it")
+    checkpoint: bool = run.flag(False, "activation checkpointing: a layer's activations are computed again in backward instead of kept")
     learning_rate: float = run.flag(1e-5, "peak; rises over the first steps, then falls linearly to a tenth")
     warmup: float = run.flag(0.05, "share of the steps in which the learning rate rises")
     weight_decay: float = run.flag(0.0, "AdamW's")
@@ -67,7 +69,7 @@ def main(argv=None):
 
     # ---- model and optimizer ----
     model = weights.load(source, device=device).train()
-    model.model.dtype = dtype
+    model.model.dtype, model.model.checkpoint = dtype, config.checkpoint
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
     batches = len(train) // config.batch_size
     steps = int(config.epochs * batches)
@@ -75,10 +77,10 @@ def main(argv=None):
 
     def summed_loss(rows, denominator):
         """Cross-entropy of the response tokens of `rows`, summed, over `denominator`."""
-        ids = pad_batch([prompt + response for prompt, response in rows], tokenizer.pad_id).to(device)        # (B, T)
-        targets = pad_batch([[-100] * len(p) + r for p, r in rows], -100).to(device)                           # (B, T)
-        hidden = model.model(ids[:, :-1])                                                                      # (B, T-1, D)
-        return linear_cross_entropy(hidden, model.head, targets[:, 1:], denominator)
+        packed = pack([(prompt + response)[:-1] for prompt, response in rows], device)
+        hidden = model.model(packed).index_select(0, packed.tail([len(response) for _, response in rows]))     # (response tokens, D)
+        targets = torch.tensor([token for _, response in rows for token in response]).to(device)
+        return linear_cross_entropy(hidden, model.head, targets, denominator, ignore_index=None)
 
     # ---- evaluation ----
     @torch.no_grad()

@@ -61,7 +61,7 @@ def parameters(config, kind=CausalLM):
         return sum(p.numel() for p in kind(config).parameters())
 
 
-def training_bytes(config, kind, dtype, sequences, length, response):
+def training_bytes(config, kind, dtype, sequences, length, response, checkpoint=False):
     """The most bytes that one forward and backward pass of `sequences` sequences of `length` tokens keeps alive beyond weights, gradients included.
 
     The head is computed for the `response` last tokens of each. fp32 weights, arithmetic in `dtype`.
@@ -72,7 +72,7 @@ def training_bytes(config, kind, dtype, sequences, length, response):
         return torch.empty(2, len(logits))
     with FakeTensorMode(allow_non_fake_inputs=True), mock.patch("nanodistill.losses._run", compiled):
         model = model.to_empty(device="cpu").train()
-        model.model.dtype = dtype
+        model.model.dtype, model.model.checkpoint = dtype, checkpoint
         ids = torch.zeros(sequences, length, dtype=torch.long)
         with PeakBytes() as memory:
             memory.known.update(p.untyped_storage()._cdata for p in model.parameters())     # a view of a weight is no new memory
@@ -91,7 +91,7 @@ def cache_bytes(config, slots, length, dtype):
     return cache.k.nbytes + cache.v.nbytes
 
 
-def plan(stage, config, dtype, micro_batch, slots, prompt, response):
+def plan(stage, config, dtype, micro_batch, slots, prompt, response, checkpoint=False):
     """{part: bytes} of a stage, "peak" the most at one time. `prompt` and `response`: tokens of the longest of each.
 
     stage: "teacher", "sft", "rm", "rl" or "eval". Trained weights are fp32 with an fp32 gradient and AdamW's two fp32 moments; frozen ones are `dtype`.
@@ -100,7 +100,7 @@ def plan(stage, config, dtype, micro_batch, slots, prompt, response):
     kinds = {"sft": [CausalLM], "rm": [ScalarModel], "rl": [CausalLM, ScalarModel]}.get(stage, [])
     trained, frozen = len(kinds), {"teacher": 1, "eval": 1, "rl": 2}.get(stage, 0)
     parts = {"weights": count * (4 * trained + size * frozen), "gradients": 4 * count * trained, "optimizer": 8 * count * trained}
-    parts["activations"] = max((training_bytes(config, kind, dtype, micro_batch, length, response) - 4 * count for kind in kinds), default=0)
+    parts["activations"] = max((training_bytes(config, kind, dtype, micro_batch, length, response, checkpoint) - 4 * count for kind in kinds), default=0)
     parts["KV cache"] = cache_bytes(config, slots, length, dtype) if stage in ("teacher", "rl", "eval") else 0
     # Sampling and learning take turns: there are no gradients while the cache is there.
     parts["peak"] = max(parts["weights"] + parts["optimizer"] + parts["KV cache"], sum(parts[k] for k in ("weights", "gradients", "optimizer", "activations")))
@@ -126,7 +126,7 @@ def report(stage, config):
     dtype = torch.float32 if config.dtype == "fp32" or (config.dtype == "auto" and config.device == "cpu") else torch.bfloat16
     response, slots = getattr(config, "max_new_tokens", 512), getattr(config, "slots", 0)
     sequences = config.prompts * config.samples if stage == "rl" else config.batch_size if stage in ("sft", "rm") else slots
-    parts = plan(stage, model, dtype, getattr(config, "micro_batch", 0), slots, PROMPT, response)
+    parts = plan(stage, model, dtype, getattr(config, "micro_batch", 0), slots, PROMPT, response, getattr(config, "checkpoint", False))
     loaded = {"rl": "policy and value model trained, reference and reward model frozen", "sft": "trained", "rm": "its trunk and a scalar head, trained"}.get(stage, "frozen")
     lines = [f"{stage} with {role} {name}: {parameters(model):,} parameters ({loaded}); arithmetic in {str(dtype).removeprefix('torch.')}",
              f"tokens a step: at most {sequences} sequences x ({PROMPT} + {response}) = {sequences * (PROMPT + response):,}",

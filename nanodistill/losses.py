@@ -169,11 +169,13 @@ class _Scalar(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        if ctx.gradients is None:
+        gradients = ctx.gradients
+        if gradients is None:
             raise RuntimeError("backward through a fused loss a second time: the first one needs retain_graph=True")
-        gradients, kept = ctx.gradients, _graph_is_kept()
-        ctx.gradients = gradients if kept else None
-        scaled = (None if x is None else x * gradient.to(x.dtype) if kept else x.mul_(gradient) for x in gradients)
+        if torch.compiler.is_compiling() or _graph_is_kept():
+            scaled = [None if x is None else x * gradient.to(x.dtype) for x in gradients]
+        else:
+            ctx.gradients, scaled = None, [None if x is None else x.mul_(gradient) for x in gradients]
         return *scaled, None, None, None
 
 

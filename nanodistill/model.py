@@ -18,6 +18,7 @@ token see a pad and no padding mask is needed. This file imports torch only and 
 """
 
 import copy
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -127,12 +128,17 @@ class Packed:
     ids: torch.Tensor                      # (N,) int64
     positions: torch.Tensor                # (N,) within its own sequence
     places: torch.Tensor                   # (N,) of each token in the (B, T) grid, flattened
-    shape: tuple                           # B, T: the longest
+    lengths: list                          # B numbers
 
     def grid(self, x):
         """x (N, ...) -> (B, T, ...), zeros in the padding."""
-        B, T = self.shape
+        B, T = len(self.lengths), max(self.lengths)
         return x.new_zeros(B * T, *x.shape[1:]).index_copy(0, self.places, x).unflatten(0, (B, T))
+
+    def tail(self, counts):
+        """Index (sum of counts,) into N of the last `counts[b]` tokens of each sequence b."""
+        ends = itertools.accumulate(self.lengths)
+        return torch.cat([torch.arange(end - count, end) for end, count in zip(ends, counts)]).to(self.ids.device)
 
 
 def pack(rows, device="cpu"):
@@ -141,7 +147,7 @@ def pack(rows, device="cpu"):
     positions = torch.cat([torch.arange(len(row)) for row in rows])
     places = positions + torch.repeat_interleave(torch.arange(len(rows)) * longest, torch.tensor([len(row) for row in rows]))
     ids = torch.tensor([token for row in rows for token in row])
-    return Packed(ids.to(device), positions.to(device), places.to(device), (len(rows), longest))
+    return Packed(ids.to(device), positions.to(device), places.to(device), list(map(len, rows)))
 
 
 class Attention(nn.Module):

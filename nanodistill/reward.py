@@ -1,37 +1,34 @@
 """The reward model's own pieces: the score of a sequence, the two losses, and the figures that say what the scores are worth.
 
-The score of a response is the scalar head's output at its last token, the EOS of a response that ended. Sequences are padded on the right,
-so neither padding nor batch mates can change it.
+The score of a response is the scalar head's output at its last token, the EOS of a response that ended. Sequences are packed, and neither
+batch mates nor the padding that attention sees can change it.
 """
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nanodistill.tokenizer import pad_batch
+from nanodistill.model import pack
 
 
-def at_last(values, lengths):
-    """values (B, T), lengths (B,) -> (B,): the value at index length - 1 of each row."""
-    return values.gather(1, lengths[:, None] - 1).squeeze(1)
+def score(model, rows):
+    """Scores (B,) of token-id lists (prompt + response)."""
+    packed = pack(rows, model.score.weight.device)
+    return model(packed).index_select(0, packed.tail([1] * len(rows)))
 
 
 @torch.no_grad()
-def score_sequences(model, rows, pad_id, device, batch_size=256):
+def score_sequences(model, rows, batch_size=256):
     """Scores of token-id lists (prompt + response), as a list of floats in their order. Batches hold sequences of like length."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    scores = torch.empty(len(rows), device=device)
-    for start in range(0, len(rows), batch_size):
-        chosen = order[start:start + batch_size]
-        lengths = torch.tensor([len(rows[i]) for i in chosen], device=device)
-        batch = pad_batch([rows[i] for i in chosen], pad_id).to(device)                     # (B, T)
-        scores[torch.tensor(chosen, device=device)] = at_last(model(batch), lengths)
-    return scores.tolist()
+    parts = [score(model, [rows[i] for i in order[start:start + batch_size]]) for start in range(0, len(rows), batch_size)]
+    scores = dict(zip(order, torch.cat(parts).tolist() if parts else []))
+    return [scores[i] for i in range(len(rows))]
 
 
-def bce_loss(scores, labels, denominator):
-    """Each response by itself: sigmoid(score) is the probability that it is good. scores, labels (B,) -> summed / denominator."""
-    return F.binary_cross_entropy_with_logits(scores, labels, reduction="sum") / denominator
+def bce_loss(scores, labels, shares):
+    """Each response by itself: sigmoid(score) is the probability that it is good. scores, labels, and what each counts (n,) -> their sum."""
+    return F.binary_cross_entropy_with_logits(scores, labels, weight=shares, reduction="sum")
 
 
 def bt_loss(good, bad, denominator):

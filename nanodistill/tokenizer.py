@@ -9,7 +9,6 @@ import re
 from datetime import datetime
 from pathlib import Path
 
-import torch
 from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as HFTokenizer
@@ -139,9 +138,3 @@ def _compile(template):
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(template)
-
-
-def pad_batch(rows, pad_id, multiple=8):
-    """Lists of token ids -> (B, T) int64, padded on the right; T is a multiple of `multiple`, so that few shapes occur."""
-    length = -(-max(map(len, rows)) // multiple) * multiple
-    return torch.tensor([row + [pad_id] * (length - len(row)) for row in rows])

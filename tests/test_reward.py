@@ -14,9 +14,9 @@ ROWS = [[5, 6, 7, 3], [8, 3], [9, 10, 11, 12, 13, 14, 15, 16, 17, 3], [19, 20, 2
 
 def test_a_score_depends_on_neither_padding_nor_batch_mates():
     model = random_model(ScalarModel)
-    alone = [reward.score_sequences(model, [row], 0, "cpu")[0] for row in ROWS]
-    together = reward.score_sequences(model, ROWS, 0, "cpu")
-    in_pairs = reward.score_sequences(model, ROWS[::-1], 7, "cpu", batch_size=2)[::-1]      # another pad, other mates
+    alone = [reward.score_sequences(model, [row])[0] for row in ROWS]
+    together = reward.score_sequences(model, ROWS)
+    in_pairs = reward.score_sequences(model, ROWS[::-1], batch_size=2)[::-1]      # other mates
     assert max(alone) - min(alone) > 0.1
     torch.testing.assert_close(torch.tensor(together), torch.tensor(alone), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.tensor(in_pairs), torch.tensor(alone), rtol=1e-4, atol=1e-5)
@@ -25,7 +25,7 @@ def test_a_score_depends_on_neither_padding_nor_batch_mates():
 def test_the_score_is_read_at_the_eos():
     model = random_model(ScalarModel)
     ids = torch.tensor([ROWS[0] + [0, 0]])
-    assert reward.score_sequences(model, [ROWS[0]], 0, "cpu")[0] == pytest.approx(model(ids)[0, 3].item(), abs=1e-5)
+    assert reward.score_sequences(model, [ROWS[0]])[0] == pytest.approx(model(ids)[0, 3].item(), abs=1e-5)
     assert abs(model(ids)[0, 3] - model(ids)[0, 2]) > 1e-3               # the EOS is seen: without it the score is another
 
 
@@ -50,5 +50,5 @@ def test_calibration_by_hand():
 
 def test_losses_by_hand():
     scores = torch.tensor([math.log(3), -math.log(3)])
-    assert reward.bce_loss(scores, torch.tensor([1.0, 1.0]), 2).item() == pytest.approx((math.log(4 / 3) + math.log(4)) / 2)
+    assert reward.bce_loss(scores, torch.tensor([1.0, 1.0]), torch.tensor([0.5, 0.5])).item() == pytest.approx((math.log(4 / 3) + math.log(4)) / 2)
     assert reward.bt_loss(scores[:1], scores[1:], 1).item() == pytest.approx(math.log(10 / 9))    # sigmoid(log 9) = 0.9

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from nanodistill.tokenizer import Tokenizer, pad_batch
+from nanodistill.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -67,7 +67,3 @@ def test_template_cannot_leave_the_sandbox(tokenizer_folder, tmp_path):
     (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(ValueError, match="roles must alternate"):
         Tokenizer(tmp_path).prompt_ids("x")
-
-
-def test_pad_batch_pads_right_to_a_multiple():
-    assert pad_batch([[5, 6, 7], [8]], 0, multiple=4).tolist() == [[5, 6, 7, 0], [8, 0, 0, 0]]

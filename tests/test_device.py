@@ -1,0 +1,119 @@
+"""CUDA without a card: the losses, a decode step and a PPO update on fake tensors of a device that is not the CPU.
+
+Fake tensors have shapes and devices but no values. Where code waits for the device (`.item()`, a boolean mask as an index) it fails, and where a tensor was
+left on the CPU too. A CPU build of PyTorch has no autograd and no indexing for the device "cuda", so the device is "meta", which has both.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import random_model
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode, unset_fake_temporarily
+
+from nanodistill import generate, ppo
+from nanodistill.losses import linear_cross_entropy, linear_distillation, linear_logprobs
+from nanodistill.model import CausalLM, Config, KVCache, ScalarModel, pack
+
+DEVICE = "meta"
+
+
+@pytest.fixture(autouse=True)
+def fake():
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:       # torch.tensor(..., device="meta") is not a fake one
+        yield mode
+
+
+def inputs(N=70, D=16, V=40):
+    return torch.randn(N, D, device=DEVICE, requires_grad=True), torch.randn(V, D, device=DEVICE, requires_grad=True), torch.zeros(N, dtype=torch.long, device=DEVICE)
+
+
+def state(B, limit):
+    zeros = torch.zeros(B, dtype=torch.long, device=DEVICE)
+    return {"heat": torch.ones(B, device=DEVICE), "stream": zeros, "last": zeros.clone(), "position": zeros.clone(), "count": zeros.clone(),
+            "done": zeros.bool(), "tokens": torch.zeros(B, limit, dtype=torch.long, device=DEVICE), "logprobs": torch.zeros(B, limit, device=DEVICE)}
+
+
+def fake_model(kind):
+    with torch.device(DEVICE):
+        return kind(Config(96, 32, 48, 2, 4, 2, 8, max_position_embeddings=128))
+
+
+@pytest.mark.parametrize("loss", ["cross-entropy", "forward_kl", "reverse_kl", "jsd", "logprobs"])
+def test_losses_stay_on_the_device(loss):
+    hidden, weight, targets = inputs()
+    if loss == "cross-entropy":
+        value = linear_cross_entropy(hidden, weight, targets, ignore_index=None)
+    elif loss == "logprobs":
+        logprobs, entropy = linear_logprobs(hidden, weight, targets, 0.7)
+        value = (logprobs.exp() + entropy).sum()
+    else:
+        value = linear_distillation(hidden, weight, hidden, weight, loss)
+    value.backward()
+    assert value.device.type == hidden.grad.device.type == weight.grad.device.type == DEVICE
+
+
+def test_a_decode_step_stays_on_the_device():
+    model, B = fake_model(CausalLM), 5
+    model.model.angles = model.model.angles.to(DEVICE)
+    cache, slots = KVCache(model.config, B, 64, DEVICE, torch.float32), state(B, 32)
+    with torch.no_grad():
+        generate.decode_step(model, cache, slots, torch.tensor([1, 2], device=DEVICE), 32)
+    assert slots["tokens"].shape == (B, 32) and slots["done"].device.type == DEVICE
+
+
+def test_a_ppo_update_stays_on_the_device(fake):
+    policy, value_model = fake_model(CausalLM), fake_model(ScalarModel)
+    optimizer = torch.optim.AdamW([*policy.parameters(), *value_model.parameters()], foreach=True)
+    rows, counts = [[1, 2, 3, 4, 5], [6, 7, 8], [9, 10, 11, 12]], [2, 1, 3]
+    with unset_fake_temporarily():                                 # the host counts before anything goes to the device
+        packed = pack([row[:-1] for row in rows])
+        at = packed.tail(counts)
+    places = {name: getattr(packed, name).to(DEVICE) for name in ("ids", "positions", "places")}
+    packed, at = replace(packed, **places), at.to(DEVICE)
+    old, advantages, returns = (torch.zeros(6, device=DEVICE) for _ in range(3))
+    every = torch.ones(6, dtype=torch.bool, device=DEVICE)
+    logprobs, _ = linear_logprobs(policy.model(packed).index_select(0, at), policy.head, torch.zeros(6, dtype=torch.long, device=DEVICE))
+    loss, _ = ppo.policy_loss(logprobs, old, advantages, every, denominator=6)
+    loss.backward()
+    ppo.value_loss(value_model(packed).index_select(0, at), old, returns, every, denominator=6).backward()
+    torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+    optimizer.step()
+    assert policy.head.grad.device.type == DEVICE
+    grid = torch.zeros(3, 3, device=DEVICE)
+    ppo.gae(ppo.shape_rewards(torch.zeros(3, device=DEVICE), grid, grid, grid.bool(), 0.1), grid, grid.bool())
+    ppo.whiten(grid, grid.bool())
+
+
+def test_these_tests_can_fail():
+    """Left-out targets are searched for on the device, a temperature is read, a tensor lies elsewhere."""
+    hidden, weight, targets = inputs()
+    with pytest.raises(DynamicOutputShapeException):
+        linear_cross_entropy(hidden, weight, targets)
+    with pytest.raises(DataDependentOutputException):
+        linear_logprobs(hidden, weight, targets)[0].sum().item()
+    with pytest.raises(RuntimeError, match="device"):
+        linear_cross_entropy(hidden, weight, torch.zeros(70, dtype=torch.long), ignore_index=None)
+
+
+def test_the_decode_step_and_the_losses_are_each_one_graph():
+    """fullgraph=True fails where Python would have to look at a value. The graph runs eagerly here; what compiles it is not the question."""
+    with unset_fake_temporarily():
+        def loss(hidden, weight, targets):
+            logprobs, entropy = linear_logprobs(hidden, weight, targets)
+            return linear_cross_entropy(hidden, weight, targets, ignore_index=None) + logprobs.sum() + entropy.sum()
+
+        torch.manual_seed(0)
+        hidden, weight = torch.randn(9, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+        targets = torch.randint(0, 7, (9,))
+        expected = torch.autograd.grad(loss(hidden, weight, targets), (hidden, weight))
+        got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(hidden, weight, targets), (hidden, weight))
+        torch.testing.assert_close(got, expected)
+
+        model = random_model()
+        cache, slots = KVCache(model.config, 3, 16, "cpu", torch.float32), {name: x.new_zeros(x.shape, device="cpu") for name, x in state(3, 8).items()}
+        slots["heat"] += 1
+        step = torch.compile(generate.decode_step, fullgraph=True, backend="aot_eager")
+        with torch.no_grad():
+            step(model, cache, slots, torch.tensor([1]), 8)
+        assert slots["count"].tolist() == [1, 1, 1] and slots["position"].tolist() == [1, 1, 1]

@@ -123,6 +123,7 @@ def smollm2(args):
     del config["rope_scaling"], config["model_type"]
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config, attn_implementation="sdpa")).to(DTYPES[args.dtype])
     theirs.load_state_dict(ours.state_dict())
+    theirs.generation_config.eos_token_id = None
     return ours, theirs
 
 
@@ -150,7 +151,7 @@ def generate(args):
             ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
             mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
             out = theirs.generate(ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=128, num_return_sequences=n,
-                                  min_new_tokens=None if eos else 128, eos_token_id=eos or None, pad_token_id=0)[:, longest:]
+                                  eos_token_id=eos or None, pad_token_id=0)[:, longest:]
             useful += sum(next((t + 1 for t, token in enumerate(row) if 0 < token < 684), len(row)) if eos else 128 for row in out.tolist())
         return useful
 

@@ -2,6 +2,8 @@
 
     python bench.py losses                                            cross-entropy of 4,096 tokens on SmolLM2's head, fp32
     python bench.py losses --dtype bf16 --tokens 2048 --hidden 2048 --vocabulary 128256
+    python bench.py generate --threads 1 --batch 16                   sampling on SmolLM2-135M's shape, bf16; --load same|ragged|samples
+    python bench.py train --dtype bf16                                a forward and backward pass of SFT
     python bench.py load --model SmolLM2-135M-Instruct                an HF folder, bf16
 
 A side that is not installed (transformers, cut-cross-entropy, liger-kernel) is left out, and said so. Prints one JSON line a side, and a table: the median

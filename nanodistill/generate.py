@@ -1,4 +1,4 @@
-"""Sampling from a CausalLM: a KV cache of fixed shape, slots refilled as sequences end, one prefill for all samples of a prompt.
+"""Sampling from a CausalLM: a KV cache, slots refilled as sequences end, one prefill for all samples of a prompt.
 
 The engine keeps `slots` sequences in flight. A slot whose sequence has ended (EOS, or the length limit) is handed to the next one in the queue while
 the others go on, so a long response does not hold up a batch of short ones; when the queue is empty, the slots are made fewer. A prompt is run
@@ -75,7 +75,7 @@ def decode_step(model, cache, state, eos, limit):
     """One token more for every slot that is not done: from the model, into `state`. Nothing here waits for the device."""
     state["position"].add_(~state["done"])
     hidden = model.model(state["last"], cache, state["position"])                            # (B, D)
-    record(state, slice(None), *choose_by_rows(model.lm_head(hidden), state["heat"], uniform(state["stream"], state["count"])), eos, limit)
+    record(state, slice(None), *choose_by_rows(model.lm_head(hidden), state["temperature"], uniform(state["stream"], state["count"])), eos, limit)
 
 
 def record(state, rows, new, new_logprobs, eos, limit):
@@ -156,7 +156,7 @@ def generate(model, prompts, *, eos_ids, pad_id, max_new_tokens, n=1, temperatur
     # CUDA wants one shape; on CPU the cache grows by GROWTH tokens at a time, so that attention does not read what is not yet there.
     cache = KVCache(model.config, B, longest + (limit if device.type == "cuda" else min(GROWTH, limit)), device, dtype)
     eos = torch.tensor(eos_ids, device=device)
-    state = {"heat": torch.zeros(B, device=device),                                          # temperature of each slot
+    state = {"temperature": torch.zeros(B, device=device),                                   # of each slot
              "stream": torch.zeros(B, dtype=torch.long, device=device),                      # its random numbers
              "last": torch.full((B,), pad_id, device=device),                                # the token to feed next
              "position": torch.zeros(B, dtype=torch.long, device=device),                    # where the newest token stands
@@ -177,10 +177,10 @@ def generate(model, prompts, *, eos_ids, pad_id, max_new_tokens, n=1, temperatur
         state["position"][rows] = (lengths[source] - 1).to(device)
         source, rows = source.to(device), torch.tensor(rows, device=device)
         cache.copy_rows(fresh, source, rows)
-        state["heat"][rows] = torch.tensor([float(temperatures[j]) for _, j in jobs], device=device)
+        state["temperature"][rows] = torch.tensor([float(temperatures[j]) for _, j in jobs], device=device)
         state["stream"][rows] = mix(torch.tensor([i * n + j for i, j in jobs], device=device) * GOLDEN + mix(torch.tensor(seed)).to(device))
         state["count"][rows], state["done"][rows] = 0, False
-        record(state, rows, *choose_by_rows(logits[source], state["heat"][rows], uniform(state["stream"][rows], state["count"][rows])), eos, limit)
+        record(state, rows, *choose_by_rows(logits[source], state["temperature"][rows], uniform(state["stream"][rows], state["count"][rows])), eos, limit)
 
     owner = [None] * B                                            # (prompt index, sample index) in each slot
     steps, reach = 0, [0] * B                                     # reach[b] + steps: an upper bound of position[b], known without a sync

@@ -30,7 +30,7 @@ def inputs(N=70, D=16, V=40):
 
 def state(B, limit):
     zeros = torch.zeros(B, dtype=torch.long, device=DEVICE)
-    return {"heat": torch.ones(B, device=DEVICE), "stream": zeros, "last": zeros.clone(), "position": zeros.clone(), "count": zeros.clone(),
+    return {"temperature": torch.ones(B, device=DEVICE), "stream": zeros, "last": zeros.clone(), "position": zeros.clone(), "count": zeros.clone(),
             "done": zeros.bool(), "tokens": torch.zeros(B, limit, dtype=torch.long, device=DEVICE), "logprobs": torch.zeros(B, limit, device=DEVICE)}
 
 
@@ -112,7 +112,7 @@ def test_the_decode_step_and_the_losses_are_each_one_graph():
 
         model = random_model()
         cache, slots = KVCache(model.config, 3, 16, "cpu", torch.float32), {name: x.new_zeros(x.shape, device="cpu") for name, x in state(3, 8).items()}
-        slots["heat"] += 1
+        slots["temperature"] += 1
         step = torch.compile(generate.decode_step, fullgraph=True, backend="aot_eager")
         with torch.no_grad():
             step(model, cache, slots, torch.tensor([1]), 8)

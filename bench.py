@@ -4,6 +4,8 @@
     python bench.py losses --dtype bf16 --tokens 2048 --hidden 2048 --vocabulary 128256
     python bench.py generate --threads 1 --batch 16                   sampling on SmolLM2-135M's shape, bf16; --load same|ragged|samples
     python bench.py train --dtype bf16                                a forward and backward pass of SFT
+    python bench.py ppo                                               three PPO iterations of a small model, from the loading of its weights on
+    python bench.py memory --dtype bf16 --picture docs/memory.png     what a loss takes with larger vocabularies and more tokens
     python bench.py load --model SmolLM2-135M-Instruct                an HF folder, bf16
 
 A side that is not installed (transformers, cut-cross-entropy, liger-kernel) is left out, and said so. Prints one JSON line a side, and a table: the median
@@ -11,20 +13,26 @@ time of the rounds, its ratio to the first side's (to that of the matrix product
 """
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
+import io
 import json
 import random
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import types
 from dataclasses import asdict
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -182,6 +190,96 @@ def train(args):
     return sides
 
 
+def ppo(args):
+    """{side: function}: three iterations of 64 prompts, 64 new tokens, 4 passes of 4 minibatches, each with an optimizer step; the weights' loading included.
+
+    A random model (hidden 256, 4 layers, vocabulary 512) with the tiny student's tokenizer and questions; ours runs as `train_rl.py` does. TRL splits a
+    device's batch into minibatches but steps when accumulation is complete: with 4 x 16 once a pass, with 1 x 64, as here, once a minibatch.
+    """
+    import train_rl
+    from data import TASKS
+    from nanodistill import weights
+    from nanodistill.model import CausalLM, Config, ScalarModel, init_weights
+    from nanodistill.tokenizer import Tokenizer
+
+    scratch = tempfile.TemporaryDirectory()
+    folder, generator = Path(scratch.name), torch.Generator().manual_seed(0)
+    config = Config(512, 256, 768, 4, 4, 2, 64, max_position_embeddings=256, tie_word_embeddings=True)
+    for name, kind in (("sft", CausalLM), ("rm", ScalarModel)):
+        weights.save(init_weights(kind(config), generator), folder / name, weights.TINY / "student")
+    questions = TASKS["arithmetic"](0).questions("train")
+    (folder / "labels.jsonl").write_text("".join(json.dumps({"id": q["id"], "vote": "0"}) + "\n" for q in questions))
+    flags = {"steps": 3, "prompts": 64, "samples": 1, "max-new-tokens": 64, "slots": 64, "ppo-epochs": 4, "minibatches": 4, "micro-batch": 16, "seed": 0,
+             "learning-rate": 1e-6, "value-learning-rate": 1e-6, "kl-limit": 1e9, "threads": args.threads, "dtype": args.dtype, "out": folder}
+
+    def nanodistill(keep=scratch):                                  # the folder lives as long as this function
+        shutil.rmtree(folder / "rl", ignore_errors=True)
+        with mock.patch("nanodistill.run.need"), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):   # no stage before or after
+            train_rl.main([word for name, value in flags.items() for word in (f"--{name}", str(value))])
+
+    sides = {"nanodistill": nanodistill}
+    if importlib.util.find_spec("trl") and importlib.util.find_spec("datasets"):
+        import datasets
+        import transformers
+        from trl.experimental.ppo import PPOConfig, PPOTrainer
+        transformers.utils.logging.disable_progress_bar()
+        ours = Tokenizer(folder / "sft")
+        prompts = datasets.Dataset.from_list([{"input_ids": ours.prompt_ids(TASKS["arithmetic"](0).prompt(q["question"]))} for q in questions[:192]])
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "sft" / "tokenizer.json"), pad_token="<|pad|>", eos_token="<|end|>", padding_side="left")
+        settings = dict(output_dir=str(folder / "trl"), per_device_train_batch_size=64, gradient_accumulation_steps=1, num_mini_batches=4, num_ppo_epochs=4,
+                        total_episodes=192, response_length=64, stop_token="eos", temperature=1.0, local_rollout_forward_batch_size=64, num_sample_generations=0,
+                        bf16=args.dtype == "bf16", gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True, learning_rate=1e-6)
+
+        def trl():
+            policy, reference = (transformers.AutoModelForCausalLM.from_pretrained(folder / "sft", dtype=torch.float32) for _ in range(2))
+            reward, value = (transformers.AutoModelForSequenceClassification.from_pretrained(folder / "rm", dtype=torch.float32) for _ in range(2))
+            with contextlib.redirect_stdout(io.StringIO()):
+                PPOTrainer(PPOConfig(**settings), tokenizer, policy, reference, reward, prompts, value).train()
+        sides["TRL"] = trl
+    else:
+        print("trl or datasets is not installed: left out")
+    return sides
+
+
+def memory(args):
+    """What `linear_cross_entropy` and naive cross-entropy take beyond their inputs and both gradients: JSON lines, a table and, with matplotlib, a picture.
+
+    Each point is `bench.py losses` in a process of its own, its second call. Naive goes as far as its logits take 2 GiB.
+    """
+    thousand, size = 1024, DTYPES[args.dtype].itemsize
+    panels = {"vocabulary": [32, 64, 128, 256], "tokens": [1, 2, 4, 8, 16, 32, 64]}
+    taken = {(side, axis): {} for side in ("linear_cross_entropy", "naive") for axis in panels}
+    for (side, axis), points in taken.items():
+        for value in tqdm(panels[axis], desc=f"{side}, {axis}"):
+            shape = {"tokens": args.tokens, "vocabulary": args.vocabulary, "hidden": args.hidden, axis: value * thousand}
+            if side == "naive" and shape["tokens"] * shape["vocabulary"] * size > 2**31:
+                continue
+            command = [sys.executable, __file__, "losses", "--dtype", args.dtype, "--threads", str(args.threads), "--memory-of", side]
+            done = subprocess.run([*command, *(word for name, n in shape.items() for word in (f"--{name}", str(n)))], capture_output=True, text=True, check=True)
+            gradients = (shape["tokens"] + shape["vocabulary"]) * args.hidden * size
+            points[value] = round((int(done.stdout.rpartition("added ")[2]) - gradients) / 2**20)
+            print(json.dumps({"work": "memory", "side": side, **shape, "dtype": args.dtype, "beyond_gradients_mib": points[value]}))
+    for axis, values in panels.items():
+        print(f"\n| {axis}, thousands | " + " | ".join(map(str, values)) + " |\n|" + "---|" * (len(values) + 1))
+        for side in ("linear_cross_entropy", "naive"):
+            print(f"| {side}, MiB | " + " | ".join(str(taken[side, axis].get(value, "")) for value in values) + " |")
+    if not args.picture:
+        return
+    import matplotlib
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
+    for plot, (axis, values) in zip(axes, panels.items()):
+        for side in ("linear_cross_entropy", "naive"):
+            points = taken[side, axis]
+            plot.plot(points.keys(), points.values(), marker="o", label=side)
+        plot.set(xlabel=f"{axis}, thousands", xscale="log", yscale="log", xticks=values, xticklabels=values)
+        plot.minorticks_off()
+    axes[0].set_ylabel("MiB beyond inputs and gradients")
+    axes[0].legend()
+    figure.savefig(args.picture, dpi=150)
+
+
 def resident(count):
     """Bytes of this process in memory by Linux's count: "VmRSS" now, "VmHWM" the most since it was last reset."""
     return 1024 * int(Path("/proc/self/status").read_text().split(f"{count}:")[1].split()[0])
@@ -189,7 +287,7 @@ def resident(count):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", choices=["losses", "generate", "train", "load"])
+    parser.add_argument("work", choices=["losses", "generate", "train", "ppo", "load", "memory"])
     parser.add_argument("--tokens", type=int, default=4096, help="rows of the hidden states (default: 4096)")
     parser.add_argument("--hidden", type=int, default=576, help="their width (default: 576, SmolLM2-135M's)")
     parser.add_argument("--vocabulary", type=int, default=49152, help="rows of the head (default: 49152)")
@@ -197,16 +295,19 @@ def main():
     parser.add_argument("--batch", type=int, default=16, help="sequences in flight, for generate (default: 16)")
     parser.add_argument("--requests", type=int, default=256, help="prompts of the ragged load (default: 256)")
     parser.add_argument("--model", default="", help="HF folder, for load")
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="", help="default: fp32 for losses and train, bf16 for generate and load")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="", help="default: bf16 for generate and load, else fp32")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--rounds", type=int, default=5, help="of all sides in turn, after one that does not count (default: 5)")
+    parser.add_argument("--picture", default="", help="where memory draws its picture (a .png; needs matplotlib)")
     parser.add_argument("--memory-of", default="", help=argparse.SUPPRESS)           # how this script calls itself for one side in a fresh process
     args = parser.parse_args()
-    args.dtype = args.dtype or {"losses": "fp32", "train": "fp32"}.get(args.work, "bf16")
+    args.dtype = args.dtype or ("bf16" if args.work in ("generate", "load") else "fp32")
     if args.work == "load" and not (Path(args.model) / "config.json").exists():
         parser.error("load needs --model, an HF folder")
     torch.set_num_threads(args.threads)
-    sides = {"losses": losses, "generate": generate, "train": train, "load": load}[args.work](args)
+    if args.work == "memory":
+        return memory(args)
+    sides = {"losses": losses, "generate": generate, "train": train, "ppo": ppo, "load": load}[args.work](args)
     if args.memory_of:
         if args.work != "load":
             sides[args.memory_of]()                                 # what is compiled or imported in the first round stays out of the count

@@ -2,8 +2,8 @@
 
 Weights, gradients and optimizer state are counted. Activations are measured: the model's own forward and backward pass runs on fake tensors
 (`FakeTensorMode`), which have a shape but no memory, and the bytes alive at its highest point are added up. The fake tensors lie on the CPU whatever the
-device (a CPU build of PyTorch has no autograd for fake CUDA tensors); what is saved for backward is the same. What the allocator, kernels and CUDA itself
-take besides is not in it.
+device (a CPU build of PyTorch has no autograd for fake CUDA tensors); what is saved for backward is as on CUDA. What the allocator, kernels and CUDA itself
+take besides is not in it, nor the packed weights of sampling in bf16 on CPU.
 """
 
 import weakref
@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -70,7 +71,9 @@ def training_bytes(config, kind, dtype, sequences, length, response, checkpoint=
         model = kind(config)
     def compiled(kernel, logits, *args):                                                    # as compiled, a kernel makes nothing as large as the logits
         return torch.empty(2, len(logits))
-    with FakeTensorMode(allow_non_fake_inputs=True), mock.patch("nanodistill.losses._run", compiled):
+    def fused(q, k, v):                                                                     # bf16 on CPU keeps the attention's weights, CUDA does not
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    with (FakeTensorMode(allow_non_fake_inputs=True), mock.patch("nanodistill.losses._run", compiled), mock.patch("nanodistill.model.causal_attention", fused)):
         model = model.to_empty(device="cpu").train()
         model.model.dtype, model.model.checkpoint = dtype, checkpoint
         ids = torch.zeros(sequences, length, dtype=torch.long)
@@ -87,7 +90,7 @@ def training_bytes(config, kind, dtype, sequences, length, response, checkpoint=
 
 def cache_bytes(config, slots, length, dtype):
     """Bytes of the KV cache of `slots` sequences of `length` tokens."""
-    cache = KVCache(config, slots, -(-length // 32) * 32, "meta", dtype)
+    cache = KVCache(config, slots, length, "meta", dtype)
     return cache.k.nbytes + cache.v.nbytes
 
 
@@ -102,8 +105,9 @@ def plan(stage, config, dtype, micro_batch, slots, prompt, response, checkpoint=
     parts = {"weights": count * (4 * trained + size * frozen), "gradients": 4 * count * trained, "optimizer": 8 * count * trained}
     parts["activations"] = max((training_bytes(config, kind, dtype, micro_batch, length, response, checkpoint) - 4 * count for kind in kinds), default=0)
     parts["KV cache"] = cache_bytes(config, slots, length, dtype) if stage in ("teacher", "rl", "eval") else 0
+    parts["sampler's copy"] = size * count if stage == "rl" and dtype != torch.float32 else 0          # of the policy, in the dtype it computes in
     # Sampling and learning take turns: there are no gradients while the cache is there.
-    parts["peak"] = max(parts["weights"] + parts["optimizer"] + parts["KV cache"], sum(parts[k] for k in ("weights", "gradients", "optimizer", "activations")))
+    parts["peak"] = max(sum(parts[k] for k in ("weights", "optimizer", "KV cache", "sampler's copy")), sum(parts[k] for k in ("weights", "gradients", "optimizer", "activations")))
     return parts
 
 
@@ -130,7 +134,7 @@ def report(stage, config):
     loaded = {"rl": "policy and value model trained, reference and reward model frozen", "sft": "trained", "rm": "its trunk and a scalar head, trained"}.get(stage, "frozen")
     lines = [f"{stage} with {role} {name}: {parameters(model):,} parameters ({loaded}); arithmetic in {str(dtype).removeprefix('torch.')}",
              f"tokens a step: at most {sequences} sequences x ({PROMPT} + {response}) = {sequences * (PROMPT + response):,}",
-             *(f"  {part:12} {size / 1e9:8.2f} GB" for part, size in parts.items())]
+             *(f"  {part:14} {size / 1e9:8.2f} GB" for part, size in parts.items())]
     if stage in ("sft", "rl"):
         lines.append(f"  ({8e-9 * config.micro_batch * response * model.vocab_size:.2f} GB of logits and their gradient are not there: the fused losses never form them)")
     fits = [f"{card} GB" for card in CARDS if parts["peak"] < 0.9e9 * card]

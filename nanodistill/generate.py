@@ -1,7 +1,7 @@
 """Sampling from a CausalLM: a KV cache, slots refilled as sequences end, one prefill for all samples of a prompt.
 
 The engine keeps `slots` sequences in flight. A slot whose sequence has ended (EOS, or the length limit) is handed to the next one in the queue while
-the others go on, so a long response does not hold up a batch of short ones; when the queue is empty, the slots are made fewer. A prompt is run
+the others go on, so a long response does not hold up a batch of short ones; when the queue is empty, an eager engine makes the slots fewer. A prompt is run
 through the model once, packed with others so that none is padded; its keys and values are then copied to every slot that samples from it.
 
 The sampled distribution is softmax(logits / temperature) over the whole vocabulary, with no top-k or top-p, and the log-probabilities
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from nanodistill.model import CausalLM, KVCache, pack
 
-GROWTH = 32                                                       # tokens by which the cache grows on CPU
+PREFILL = {"cpu": 2048}                                           # prompt tokens at a time, elsewhere 16,384: more take memory and, out of the CPU's cache, time
 GOLDEN, MIX1, MIX2 = -7046029254386353131, -4658895280553007687, -7723592293110705685       # SplitMix64's constants, as signed numbers
 
 
@@ -39,15 +39,15 @@ def uniform(stream, count):
     return ((mix(stream + GOLDEN * (count + 1)) >> 41 & (1 << 23) - 1).float() + 0.5) / (1 << 23)
 
 
-def choose(logits, temperature, u):
+def choose(logits, temperature, u, any_greedy=True):
     """Sample one token a row by inverse CDF. logits (B, V), temperature (B,), 0 = greedy, u (B,) in (0, 1) -> tokens (B,), logprobs (B,) fp32.
 
-    Greedy rows report logprobs at temperature 1. The CDF is summed by blocks of tokens, then within the one that u falls into: a running sum of
-    the whole vocabulary is slow and rounds more. A token without probability is never drawn.
+    Greedy rows report logprobs at temperature 1; `any_greedy` False says that there are none, which saves a pass over the logits. The CDF is summed
+    by blocks of tokens, then within the one that u falls into: a running sum of the whole vocabulary is slow and rounds more. A token without
+    probability is never drawn.
     """
-    logits, greedy = logits.float(), temperature == 0
-    largest, best = logits.max(dim=-1, keepdim=True)              # (B, 1)
-    shares = (logits - largest).mul_(1 / temperature.masked_fill(greedy, 1.0)[:, None]).exp_()
+    greedy = temperature == 0
+    shares = (logits * (1 / temperature.masked_fill(greedy, 1.0))[:, None]).softmax(dim=-1)         # fp32, as temperature is
     V = shares.shape[1]
     block = min(V & -V, 256)                                      # the largest power of two that V is a multiple of
     blocks = shares.unflatten(1, (V // block, block))
@@ -58,24 +58,25 @@ def choose(logits, temperature, u):
     inner = blocks.gather(1, which[:, :, None].expand(-1, -1, block)).squeeze(1).cumsum(dim=-1)       # (B, block)
     mark = torch.minimum(mark - sums.gather(1, which) + inner[:, -1:], inner[:, -1:] * (1 - 2**-23)).clamp(min=0)
     drawn = which * block + torch.searchsorted(inner, mark, right=True).clamp(max=block - 1)
-    tokens = torch.where(greedy[:, None], best, drawn)
+    tokens = torch.where(greedy[:, None], logits.argmax(dim=-1, keepdim=True), drawn) if any_greedy else drawn
     return tokens.squeeze(1), (shares.gather(1, tokens) / total).log().squeeze(1)
 
 
-def choose_by_rows(logits, temperature, u):
+def choose_by_rows(logits, temperature, u, any_greedy=True):
     """`choose` for a few rows at a time on CPU, where what fits the cache is faster and larger blocks of memory are given back and cleared each time."""
     if logits.is_cuda:
-        return choose(logits, temperature, u)
+        return choose(logits, temperature, u, any_greedy)
     rows = max(2**18 // logits.shape[1], 1)
-    parts = [choose(*part) for part in zip(logits.split(rows), temperature.split(rows), u.split(rows))]
+    parts = [choose(*part, any_greedy) for part in zip(logits.split(rows), temperature.split(rows), u.split(rows))]
     return tuple(torch.cat(x) for x in zip(*parts))
 
 
-def decode_step(model, cache, state, eos, limit):
+def decode_step(model, cache, state, eos, limit, any_greedy=True):
     """One token more for every slot that is not done: from the model, into `state`. Nothing here waits for the device."""
     state["position"].add_(~state["done"])
     hidden = model.model(state["last"], cache, state["position"])                            # (B, D)
-    record(state, slice(None), *choose_by_rows(model.lm_head(hidden), state["temperature"], uniform(state["stream"], state["count"])), eos, limit)
+    chosen = choose_by_rows(model.lm_head(hidden), state["temperature"], uniform(state["stream"], state["count"]), any_greedy)
+    record(state, slice(None), *chosen, eos, limit)
 
 
 def record(state, rows, new, new_logprobs, eos, limit):
@@ -112,16 +113,41 @@ def copy_of(model, dtype):
 
 
 def packed(model, rows):
-    """A copy whose linear layers have their bf16 weights in oneDNN's layout for products with `rows` rows; on CPU each product would make it anew.
+    """A copy for CPU whose bf16 weights lie in oneDNN's layout for products with `rows` rows, which each product would else make anew, and where the
+    layers that read the same input are one product.
 
     A step of SmolLM2-135M takes 0.67, 0.82, 0.92 of the time so with 1, 16, 64 rows. The operators are those torch.compile's frozen graphs use.
     """
     copy = copy_of(model, model.head.dtype)
-    for module in copy.modules():
-        if isinstance(module, torch.nn.Linear):
-            weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), rows)
-            module.forward = functools.partial(torch.ops.mkldnn._linear_pointwise, W=weight, B=module.bias, attr="none", scalars=[], algorithm="")
+
+    def product(*layers):
+        weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat([layer.weight.detach() for layer in layers]), rows)
+        bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
+        return functools.partial(torch.ops.mkldnn._linear_pointwise, W=weight, B=bias, attr="none", scalars=[], algorithm="")
+
+    def together(*layers):
+        whole, sizes = product(*layers), [layer.out_features for layer in layers]
+        return lambda x: whole(x).split(sizes, dim=-1)
+
+    for layer in copy.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        attention.project, attention.o_proj.forward = together(attention.q_proj, attention.k_proj, attention.v_proj), product(attention.o_proj)
+        mlp.project, mlp.down_proj.forward = together(mlp.gate_proj, mlp.up_proj), product(mlp.down_proj)
+    copy.lm_head.forward = product(copy.lm_head)
     return copy
+
+
+def prefill_batches(jobs, prompts, most):
+    """Split jobs (prompt index, sample index), in the order of their prompts, into lists whose distinct prompts have at most `most` tokens or are one."""
+    batches, tokens, last = [], 0, None
+    for job in jobs:
+        if job[0] != last:
+            last, tokens = job[0], tokens + len(prompts[job[0]])
+            if not batches or tokens > most:
+                batches.append([])
+                tokens = len(prompts[last])
+        batches[-1].append(job)
+    return batches
 
 
 @torch.inference_mode()
@@ -150,11 +176,10 @@ def generate(model, prompts, *, eos_ids, pad_id, max_new_tokens, n=1, temperatur
     dtype = model.head.dtype
     compile = device.type == "cuda" if compile is None else compile
     step = compiled_step(device.type) if compile else decode_step
-    B, limit = min(slots, len(queue)), max_new_tokens
+    B, limit, any_greedy = min(slots, len(queue)), max_new_tokens, 0 in temperatures
     pack_weights = device.type == "cpu" and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available() and not compile
     decoder = packed(model, B) if pack_weights else model
-    # CUDA wants one shape; on CPU the cache grows by GROWTH tokens at a time, so that attention does not read what is not yet there.
-    cache = KVCache(model.config, B, longest + (limit if device.type == "cuda" else min(GROWTH, limit)), device, dtype)
+    cache = KVCache(model.config, B, longest + limit, device, dtype)
     eos = torch.tensor(eos_ids, device=device)
     state = {"temperature": torch.zeros(B, device=device),                                   # of each slot
              "stream": torch.zeros(B, dtype=torch.long, device=device),                      # its random numbers
@@ -170,8 +195,8 @@ def generate(model, prompts, *, eos_ids, pad_id, max_new_tokens, n=1, temperatur
         chosen = sorted({i for i, _ in jobs})
         lengths = torch.tensor([len(prompts[i]) for i in chosen])
         fresh = KVCache(model.config, len(chosen), int(lengths.max()), device, dtype)
-        hidden = model.model(pack([prompts[i] for i in chosen], device), fresh)               # (all tokens, D)
-        logits = model.lm_head(hidden[(lengths.cumsum(0) - 1).to(device)])                    # (prompts, V)
+        hidden = decoder.model(pack([prompts[i] for i in chosen], device), fresh)             # (all tokens, D)
+        logits = decoder.lm_head(hidden[(lengths.cumsum(0) - 1).to(device)])                  # (prompts, V)
         index = {i: k for k, i in enumerate(chosen)}
         source = torch.tensor([index[i] for i, _ in jobs])
         state["position"][rows] = (lengths[source] - 1).to(device)
@@ -180,7 +205,8 @@ def generate(model, prompts, *, eos_ids, pad_id, max_new_tokens, n=1, temperatur
         state["temperature"][rows] = torch.tensor([float(temperatures[j]) for _, j in jobs], device=device)
         state["stream"][rows] = mix(torch.tensor([i * n + j for i, j in jobs], device=device) * GOLDEN + mix(torch.tensor(seed)).to(device))
         state["count"][rows], state["done"][rows] = 0, False
-        record(state, rows, *choose_by_rows(logits[source], state["temperature"][rows], uniform(state["stream"][rows], state["count"][rows])), eos, limit)
+        drawn = choose_by_rows(logits[source], state["temperature"][rows], uniform(state["stream"][rows], state["count"][rows]), any_greedy)
+        record(state, rows, *drawn, eos, limit)
 
     owner = [None] * B                                            # (prompt index, sample index) in each slot
     steps, reach = 0, [0] * B                                     # reach[b] + steps: an upper bound of position[b], known without a sync
@@ -201,17 +227,23 @@ def generate(model, prompts, *, eos_ids, pad_id, max_new_tokens, n=1, temperatur
                 return
             if queue and free and (len(free) >= B // 8 or len(free) >= len(queue)):  # an eighth at a time: prefills are worth batching
                 jobs, queue = queue[:len(free)], queue[len(free):]
-                for b, job in zip(free, jobs):
-                    owner[b], reach[b] = job, len(prompts[job[0]]) - steps
-                fill(free[:len(jobs)], jobs)
+                for batch in prefill_batches(jobs, prompts, PREFILL.get(device.type, 2**14)):
+                    rows, free = free[:len(batch)], free[len(batch):]
+                    for b, job in zip(rows, batch):
+                        owner[b], reach[b] = job, len(prompts[job[0]]) - steps
+                    fill(rows, batch)
                 continue                                          # one of them may have ended at its first token
-            if not queue and len(free) >= B / 4:                  # the last ones go on among themselves
-                busy = [b for b in range(B) if owner[b] is not None]
-                kept = torch.tensor(busy, device=device)
-                cache, state, B = cache.rows(kept), {name: x[kept] for name, x in state.items()}, len(busy)
-                owner, reach = [owner[b] for b in busy], [reach[b] for b in busy]
+            if not queue and not compile and len(free) >= B / 8:  # the last ones go on among themselves, in the first slots
+                B -= len(free)
+                source, target = [b for b, job in enumerate(owner) if job is not None and b >= B], [b for b in free if b < B]
+                for to, b in zip(target, source):
+                    owner[to], reach[to] = owner[b], reach[b]
+                source, target = torch.tensor(source, dtype=torch.long, device=device), torch.tensor(target, dtype=torch.long, device=device)
+                cache.copy_rows(cache, source, target)
+                for x in state.values():
+                    x[target] = x[source]
+                cache, state, owner, reach = cache.rows(B), {name: x[:B] for name, x in state.items()}, owner[:B], reach[:B]
         steps += 1
         used = max(r for b, r in enumerate(reach) if owner[b] is not None) + steps
-        if used > cache.v.shape[3]:
-            cache = cache.grown(min(used + GROWTH, longest + limit))
-        step(decoder, cache, state, eos, limit)
+        # A compiled step wants one shape; an eager one need not read what is not there yet, but oneDNN prepares itself for each new length.
+        step(decoder, cache if compile else cache.first(-(-used // 16) * 16), state, eos, limit, any_greedy)

@@ -86,9 +86,30 @@ def rope_frequencies(config):
 
 
 def rotate(x, cos, sin):
-    """Rotate channel pairs (i, i + head_dim/2) of x (..., heads, head_dim) by the angles in cos, sin (..., 1, head_dim)."""
+    """Rotate channel pairs (i, i + head_dim/2) of x (..., heads, head_dim); cos, sin (..., 1, head_dim), the sines of the first half negated."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return x * cos + torch.cat((second, first), dim=-1) * sin
+
+
+def grouped_attention(q, keys, values, mask):
+    """Attention as two batched products. The queries of a group of heads are as many rows over the same keys, so that no key is copied.
+
+    q (B, K, Q, head_dim), keys (B, K, head_dim, S), values (B, K, S, head_dim), mask (Q, S) or (B * K, 1, S), added to the logits -> (B, K, Q, head_dim).
+    """
+    logits = torch.baddbmm(mask, q.flatten(0, 1), keys.flatten(0, 1), alpha=q.shape[-1] ** -0.5)                     # (B * K, Q, S)
+    return torch.bmm(logits.softmax(dim=-1), values.flatten(0, 1)).unflatten(0, q.shape[:2])
+
+
+def causal_attention(q, k, v):
+    """Attention of whole sequences, q (B, H, T, head_dim), k and v (B, K, T, head_dim) -> (B, H, T, head_dim), by PyTorch's kernel.
+
+    In bf16 on CPU, up to 512 tokens, plain products are faster: twice in a forward pass of up to 256, 2 to 4.5 times forward and backward (docs/log.md).
+    """
+    (B, H, T, _), K = q.shape, k.shape[1]
+    if not q.is_cpu or q.dtype != torch.bfloat16 or T > 512:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != K)
+    mask = q.new_full((T, T), -math.inf).triu(1).repeat(H // K, 1)                                                    # (H / K * T, T)
+    return grouped_attention(q.unflatten(1, (K, H // K)).flatten(2, 3), k.transpose(2, 3), v, mask).reshape(q.shape)
 
 
 class KVCache:
@@ -103,16 +124,16 @@ class KVCache:
         self.k = torch.zeros(*shape, config.head_dim, length, device=device, dtype=dtype)  # (layers, B, K, head_dim, S)
         self.v = torch.zeros(*shape, length, config.head_dim, device=device, dtype=dtype)  # (layers, B, K, S, head_dim)
 
-    def grown(self, length):
-        """A copy with `length` slots a row."""
-        view, more = copy.copy(self), length - self.v.shape[3]
-        view.k, view.v = F.pad(self.k, (0, more)), F.pad(self.v, (0, 0, 0, more))
+    def first(self, length):
+        """A view of the first `length` slots of each row."""
+        view = copy.copy(self)
+        view.k, view.v = self.k[..., :length], self.v[..., :length, :]
         return view
 
-    def rows(self, chosen):
-        """A cache of the rows `chosen` alone, copied."""
+    def rows(self, count):
+        """A view of the first `count` rows."""
         view = copy.copy(self)
-        view.k, view.v = self.k[:, chosen], self.v[:, chosen]
+        view.k, view.v = self.k[:, :count], self.v[:, :count]
         return view
 
     def copy_rows(self, other, source, target):
@@ -151,7 +172,7 @@ def pack(rows, device="cpu"):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (arXiv 2305.13245) with rotary positions, through PyTorch's scaled_dot_product_attention."""
+    """Grouped-query attention (arXiv 2305.13245) with rotary positions."""
 
     def __init__(self, config):
         super().__init__()
@@ -164,11 +185,16 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if norms else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if norms else nn.Identity()
 
+    def project(self, x):
+        """x (..., D) -> queries (..., H * head_dim), keys and values (..., K * head_dim)."""
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
     def forward(self, x, cos, sin, packed=None, cache=None, positions=None, mask=None):
         """x (B, T, D) or packed (N, D) -> the same shape. `cache` is this layer's (keys, values)."""
-        q = self.q_norm(self.q_proj(x).unflatten(-1, (self.heads, self.head_dim)))         # (B, T, H, head_dim), or (N, ...) if packed
-        k = self.k_norm(self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim)))      # (B, T, K, head_dim)
-        v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        q, k, v = self.project(x)
+        q = self.q_norm(q.unflatten(-1, (self.heads, self.head_dim)))                      # (B, T, H, head_dim), or (N, ...) if packed
+        k = self.k_norm(k.unflatten(-1, (self.kv_heads, self.head_dim)))                   # (B, T, K, head_dim)
+        v = v.unflatten(-1, (self.kv_heads, self.head_dim))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if mask is not None:
             return self.o_proj(self.decode(q, k, v, *cache, positions, mask))
@@ -178,21 +204,19 @@ class Attention(nn.Module):
         if cache is not None:                                                              # a prefill: fills an empty cache of T slots
             cache[0].copy_(k.transpose(2, 3))
             cache[1].copy_(v)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
-        out = out.transpose(1, 2).flatten(2)                                               # (B, T, H * head_dim)
+        out = causal_attention(q, k, v).transpose(1, 2).flatten(2)                         # (B, T, H * head_dim)
         return self.o_proj(out if packed is None else out.flatten(0, 1).index_select(0, packed.places))
 
     def decode(self, q, k, v, keys, values, positions, mask):
         """One new token a row against its cache, written there at positions (B,). q (B, 1, H, head_dim) -> (B, 1, H * head_dim).
 
-        The H / K query heads of a group are as many queries over the same keys: no key is copied. A flash kernel has nothing to tile over one token.
+        A flash kernel has nothing to tile over one token.
         """
         rows = torch.arange(len(q), device=q.device)
         keys[rows, :, :, positions] = k.squeeze(1)                                         # keys (B, K, head_dim, S)
         values[rows, :, positions] = v.squeeze(1)                                          # values (B, K, S, head_dim)
-        q = q.view(len(q), self.kv_heads, -1, self.head_dim)                               # (B, K, H / K, head_dim): head order
-        weights = (q @ keys).float() * self.head_dim ** -0.5 + mask                        # (B, K, H / K, S)
-        return (weights.softmax(dim=-1).to(q.dtype) @ values).view(len(q), 1, -1)
+        q = q.reshape(len(q), self.kv_heads, -1, self.head_dim)                            # (B, K, H / K, head_dim): head order
+        return grouped_attention(q, keys, values, mask).view(len(q), 1, -1)
 
 
 class MLP(nn.Module):
@@ -204,8 +228,13 @@ class MLP(nn.Module):
         self.up_proj = Linear(config.hidden_size, config.intermediate_size)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
+    def project(self, x):
+        """x (..., D) -> the gate and what it gates, both (..., intermediate size)."""
+        return self.gate_proj(x), self.up_proj(x)
+
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.project(x)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Layer(nn.Module):
@@ -235,7 +264,7 @@ class Trunk(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         # The table is not a parameter and not in the files: it follows from the config. Kept in fp32 whatever the dtype.
         angles = torch.outer(torch.arange(config.max_position_embeddings, device="cpu").float(), rope_frequencies(config))
-        self.angles = torch.cat((angles, angles), dim=-1)                            # (max positions, head_dim)
+        self.angles = torch.cat((-angles, angles), dim=-1)                           # (max positions, head_dim), for `rotate`
 
     def forward(self, ids, cache=None, positions=None):
         """Whole sequences, causal: ids (B, T) int64, padded on the right -> hidden (B, T, D); or Packed -> hidden (N, D).
@@ -249,7 +278,8 @@ class Trunk(nn.Module):
         elif positions is not None:
             ids, at = ids[:, None], positions[:, None]                               # (B, 1)
             slots = torch.arange(cache.v.shape[3], device=ids.device)                # (S,)
-            mask = torch.where(slots <= at, 0.0, -math.inf)[:, None, None]           # (B, 1, 1, S), added to the attention's logits
+            mask = torch.where(slots <= at, 0.0, -math.inf).to(dtype)                # (B, S), added to the attention's logits
+            mask = mask.repeat_interleave(self.config.num_key_value_heads, dim=0)[:, None]     # (B * K, 1, S)
         else:
             at = torch.arange(ids.shape[1], device=ids.device)                       # (T,)
         if self.angles.device != ids.device:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from conftest import random_model
 
-from nanodistill.generate import GOLDEN, choose, generate, mix, uniform
+import nanodistill.generate
+from nanodistill.generate import GOLDEN, choose, generate, mix, prefill_batches, uniform
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16, 17, 18], [19, 20], [21, 22, 23, 24, 25, 26], [27, 28]]
 
@@ -42,6 +43,27 @@ def test_logprobs_are_of_the_distribution_sampled(temperature):
             logprobs = torch.log_softmax(model(ids)[0] / temperature, -1)
         expected = logprobs[len(PROMPTS[i]) - 1:-1].gather(1, torch.tensor(s.tokens)[:, None]).squeeze(1)
         assert (torch.tensor(s.logprobs) - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_bf16_on_cpu_packs_its_weights_and_samples_from_the_same_distribution(kind):
+    """The fused projections of the packed copy, Qwen2's with their biases."""
+    model = random_model(model_type=kind).to(torch.bfloat16)
+    for i, j, s in generate(model, PROMPTS, n=3, eos_ids=[1], pad_id=0, max_new_tokens=16, slots=5):
+        with torch.no_grad():
+            logprobs = torch.log_softmax(model(torch.tensor([PROMPTS[i] + s.tokens]))[0], -1)
+        expected = logprobs[len(PROMPTS[i]) - 1:-1].gather(1, torch.tensor(s.tokens)[:, None]).squeeze(1)
+        assert (torch.tensor(s.logprobs) - expected).abs().max() <= 0.1   # bf16 rounds logits of up to 4 by 0.008
+
+
+def test_prompts_are_run_in_batches_of_a_limited_number_of_tokens(monkeypatch):
+    prompts = [[1] * 3, [1] * 4, [1] * 9, [1] * 2, [1] * 2]
+    jobs = [(0, 0), (0, 1), (1, 0), (2, 0), (2, 1), (3, 0), (4, 0)]
+    assert prefill_batches(jobs, prompts, 7) == [[(0, 0), (0, 1), (1, 0)], [(2, 0), (2, 1)], [(3, 0), (4, 0)]]
+    model, args = random_model(), dict(n=2, eos_ids=[1], pad_id=0, max_new_tokens=12, slots=8)
+    at_once = {(i, j): s.tokens for i, j, s in generate(model, PROMPTS, **args)}
+    monkeypatch.setitem(nanodistill.generate.PREFILL, "cpu", 4)
+    assert {(i, j): s.tokens for i, j, s in generate(model, PROMPTS, **args)} == at_once
 
 
 def test_choose_draws_from_the_tempered_softmax():

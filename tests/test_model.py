@@ -5,7 +5,7 @@ import torch
 from conftest import random_model
 
 from nanodistill.generate import generate
-from nanodistill.model import KVCache, ScalarModel, pack
+from nanodistill.model import KVCache, ScalarModel, causal_attention, grouped_attention, pack
 from nanodistill.weights import load, save
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
@@ -63,12 +63,24 @@ def test_cached_forward_equals_full_forward_with_rows_of_unequal_length():
         prompt = torch.tensor([5, 17, 11])
         model(pack([row[:n] for row, n in zip(ids.tolist(), prompt)]), fresh)
         cache.copy_rows(fresh, torch.arange(3), torch.arange(3))
-        cache = cache.grown(70)
+        cache = cache.first(50)
         for step in range(20):
             at = prompt + step
             logits = model(ids.gather(1, at[:, None]).squeeze(1), cache, at)
             expected = full[torch.arange(3), at]
             assert (logits - expected).abs().max() <= 1e-4
+
+
+def test_grouped_attention_equals_pytorchs_in_values_and_gradients():
+    q, k, v = (torch.randn(2, heads, 9, 8, generator=torch.Generator().manual_seed(heads), dtype=torch.float64, requires_grad=True) for heads in (6, 2, 2))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    mask = torch.full((9, 9), -torch.inf, dtype=torch.float64).triu(1).repeat(3, 1)
+    got = grouped_attention(q.unflatten(1, (2, 3)).flatten(2, 3), k.transpose(2, 3), v, mask).reshape(q.shape)
+    assert torch.allclose(got, expected, atol=1e-12)
+    for a, b in zip(torch.autograd.grad(got.sin().sum(), (q, k, v)), torch.autograd.grad(expected.sin().sum(), (q, k, v))):
+        assert torch.allclose(a, b, atol=1e-12)
+    low = causal_attention(*(x.bfloat16() for x in (q, k, v)))          # the path that bf16 takes on CPU
+    assert (low.double() - expected).abs().max() < 0.03
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])

@@ -78,6 +78,7 @@ def test_dry_run_counts_the_presets_parameters():
         "135m": 134_515_008, "0.5b": 494_032_768, "1b": 1_235_814_400, "3b": 3_212_749_824, "8b": 8_030_261_248}
     parts = fit.plan("rl", fit.SHAPES["135m"], torch.bfloat16, 2, 4, 32, 32)
     assert parts["weights"] == 134_515_008 * 12 and parts["optimizer"] == 134_515_008 * 16 and parts["KV cache"] == 2 * 30 * 4 * 3 * 64 * 64 * 2
+    assert parts["sampler's copy"] == 134_515_008 * 2
     assert fit.plan("sft", fit.SHAPES["135m"], torch.bfloat16, 4, 4, 32, 32)["activations"] > parts["activations"] > 0
 
 

@@ -228,7 +228,7 @@ def ppo(args):
         tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "sft" / "tokenizer.json"), pad_token="<|pad|>", eos_token="<|end|>", padding_side="left")
         settings = dict(output_dir=str(folder / "trl"), per_device_train_batch_size=64, gradient_accumulation_steps=1, num_mini_batches=4, num_ppo_epochs=4,
                         total_episodes=192, response_length=64, stop_token="eos", temperature=1.0, local_rollout_forward_batch_size=64, num_sample_generations=0,
-                        bf16=args.dtype == "bf16", gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True, learning_rate=1e-6)
+                        bf16=args.dtype == "bf16", use_cpu=True, gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True, learning_rate=1e-6)
 
         def trl():
             policy, reference = (transformers.AutoModelForCausalLM.from_pretrained(folder / "sft", dtype=torch.float32) for _ in range(2))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from nanodistill.model import CausalLM, KVCache, pack
 
-PREFILL = {"cpu": 2048}                                           # prompt tokens at a time, elsewhere 16,384: more take memory and, out of the CPU's cache, time
+PREFILL = {"cpu": 2**11, "cuda": 2**14}                           # prompt tokens at a time: more take memory and, where they leave the CPU's cache, time
 GOLDEN, MIX1, MIX2 = -7046029254386353131, -4658895280553007687, -7723592293110705685       # SplitMix64's constants, as signed numbers
 
 
@@ -227,7 +227,7 @@ def generate(model, prompts, *, eos_ids, pad_id, max_new_tokens, n=1, temperatur
                 return
             if queue and free and (len(free) >= B // 8 or len(free) >= len(queue)):  # an eighth at a time: prefills are worth batching
                 jobs, queue = queue[:len(free)], queue[len(free):]
-                for batch in prefill_batches(jobs, prompts, PREFILL.get(device.type, 2**14)):
+                for batch in prefill_batches(jobs, prompts, PREFILL[device.type]):
                     rows, free = free[:len(batch)], free[len(batch):]
                     for b, job in zip(rows, batch):
                         owner[b], reach[b] = job, len(prompts[job[0]]) - steps

@@ -75,6 +75,9 @@ def test_choose_draws_from_the_tempered_softmax():
     assert (shares - expected).abs().max() < 0.008                        # 4.7 standard deviations of the first
     edges, _ = choose(logits.expand(4, 4), torch.full((4,), 0.5), torch.tensor([1e-8, 0.864, 0.866, 1 - 2**-24]))
     assert edges.tolist() == [0, 0, 1, 3]                                 # inverse CDF: 0.8650 is the first step
+    halves = torch.full((1, 512), -torch.inf)                             # two blocks of 256 tokens
+    halves[0, [7, 300]] = 0.0
+    assert choose(halves, torch.ones(1), torch.tensor([0.5]))[0].item() == 300                # on the edge: the next token, in the next block
 
 
 def test_mix_is_splitmix64():

@@ -190,13 +190,23 @@ def generate(model, prompts, *, eos_ids, pad_id, max_new_tokens, n=1, temperatur
              "tokens": torch.full((B, limit), pad_id, device=device),
              "logprobs": torch.zeros(B, limit, device=device)}
 
+    held = {}                                                     # {prompt index: its cache and logits}: a prompt with samples still in the queue
+
     def fill(rows, jobs):
-        """Start `jobs` in the slots `rows`: one prefill over their distinct prompts, then the first token of each."""
+        """Start `jobs` in the slots `rows`: one prefill over their distinct prompts, or the one held, then the first token of each."""
         chosen = sorted({i for i, _ in jobs})
         lengths = torch.tensor([len(prompts[i]) for i in chosen])
-        fresh = KVCache(model.config, len(chosen), int(lengths.max()), device, dtype)
-        hidden = decoder.model(pack([prompts[i] for i in chosen], device), fresh)             # (all tokens, D)
-        logits = decoder.lm_head(hidden[(lengths.cumsum(0) - 1).to(device)])                  # (prompts, V)
+        if chosen[0] in held:
+            fresh, logits = held[chosen[0]]
+        else:
+            fresh = KVCache(model.config, len(chosen), int(lengths.max()), device, dtype)
+            hidden = decoder.model(pack([prompts[i] for i in chosen], device), fresh)         # (all tokens, D)
+            logits = decoder.lm_head(hidden[(lengths.cumsum(0) - 1).to(device)])              # (prompts, V)
+            held.clear()
+            if queue and queue[0][0] == chosen[-1]:
+                row = KVCache(model.config, 1, fresh.v.shape[3], device, dtype)
+                row.copy_rows(fresh, torch.tensor([len(chosen) - 1], device=device), torch.tensor([0], device=device))
+                held[chosen[-1]] = row, logits[-1:].clone()
         index = {i: k for k, i in enumerate(chosen)}
         source = torch.tensor([index[i] for i, _ in jobs])
         state["position"][rows] = (lengths[source] - 1).to(device)
@@ -227,7 +237,8 @@ def generate(model, prompts, *, eos_ids, pad_id, max_new_tokens, n=1, temperatur
                 return
             if queue and free and (len(free) >= B // 8 or len(free) >= len(queue)):  # an eighth at a time: prefills are worth batching
                 jobs, queue = queue[:len(free)], queue[len(free):]
-                for batch in prefill_batches(jobs, prompts, PREFILL[device.type]):
+                again = [job for job in jobs if job[0] in held]
+                for batch in [again] * bool(again) + prefill_batches(jobs[len(again):], prompts, PREFILL[device.type]):
                     rows, free = free[:len(batch)], free[len(batch):]
                     for b, job in zip(rows, batch):
                         owner[b], reach[b] = job, len(prompts[job[0]]) - steps

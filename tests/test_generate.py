@@ -6,6 +6,7 @@ from conftest import random_model
 
 import nanodistill.generate
 from nanodistill.generate import GOLDEN, choose, generate, mix, prefill_batches, uniform
+from nanodistill.model import pack
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16, 17, 18], [19, 20], [21, 22, 23, 24, 25, 26], [27, 28]]
 
@@ -64,6 +65,15 @@ def test_prompts_are_run_in_batches_of_a_limited_number_of_tokens(monkeypatch):
     at_once = {(i, j): s.tokens for i, j, s in generate(model, PROMPTS, **args)}
     monkeypatch.setitem(nanodistill.generate.PREFILL, "cpu", 4)
     assert {(i, j): s.tokens for i, j, s in generate(model, PROMPTS, **args)} == at_once
+
+
+@pytest.mark.parametrize("slots", [1, 3, 8, 64])
+def test_a_prompt_is_run_once_for_all_its_samples(monkeypatch, slots):
+    packed = []
+    monkeypatch.setattr(nanodistill.generate, "pack", lambda rows, device: packed.extend(rows) or pack(rows, device))
+    done = list(generate(random_model(), PROMPTS, n=5, eos_ids=[1, 2, 3, 4], pad_id=0, max_new_tokens=12, slots=slots))
+    assert sorted((i, j) for i, j, _ in done) == [(i, j) for i in range(len(PROMPTS)) for j in range(5)]
+    assert packed == PROMPTS
 
 
 def test_choose_draws_from_the_tempered_softmax():

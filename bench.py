@@ -8,7 +8,7 @@
     python bench.py memory --dtype bf16 --picture docs/memory.png     what a loss takes with larger vocabularies and more tokens
     python bench.py load --model SmolLM2-135M-Instruct                an HF folder, bf16
 
-A side that is not installed (transformers, cut-cross-entropy, liger-kernel) is left out, and said so. Prints one JSON line a side, and a table: the median
+A side that is not installed (transformers, trl, cut-cross-entropy, liger-kernel) is left out, and said so. Prints one JSON line a side, and a table: the median
 time of the rounds, its ratio to the first side's (to that of the matrix products above it), and the memory that a round adds to a fresh process at its highest.
 """
 
@@ -247,12 +247,12 @@ def memory(args):
 
     Each point is `bench.py losses` in a process of its own, its second call. Naive goes as far as its logits take 2 GiB.
     """
-    thousand, size = 1024, DTYPES[args.dtype].itemsize
+    size = DTYPES[args.dtype].itemsize
     panels = {"vocabulary": [32, 64, 128, 256], "tokens": [1, 2, 4, 8, 16, 32, 64]}
     taken = {(side, axis): {} for side in ("linear_cross_entropy", "naive") for axis in panels}
     for (side, axis), points in taken.items():
         for value in tqdm(panels[axis], desc=f"{side}, {axis}"):
-            shape = {"tokens": args.tokens, "vocabulary": args.vocabulary, "hidden": args.hidden, axis: value * thousand}
+            shape = {"tokens": args.tokens, "vocabulary": args.vocabulary, "hidden": args.hidden, axis: 1024 * value}
             if side == "naive" and shape["tokens"] * shape["vocabulary"] * size > 2**31:
                 continue
             command = [sys.executable, __file__, "losses", "--dtype", args.dtype, "--threads", str(args.threads), "--memory-of", side]

@@ -82,6 +82,17 @@ def test_dry_run_counts_the_presets_parameters():
     assert fit.plan("sft", fit.SHAPES["135m"], torch.bfloat16, 4, 4, 32, 32)["activations"] > parts["activations"] > 0
 
 
+def test_dry_run_counts_what_sampling_takes_where_that_is_the_most():
+    parts = fit.plan("rl", fit.SHAPES["135m"], torch.bfloat16, 1, 4000, 32, 32)
+    assert parts["peak"] == 134_515_008 * (12 + 16 + 2) + 2 * 30 * 4000 * 3 * 64 * 64 * 2       # weights, optimizer, the sampler's copy; the cache
+
+
+def test_dry_run_counts_attention_as_on_cuda_which_keeps_no_weights():
+    """So that activations grow with the length, not with its square as with bf16's products on CPU."""
+    short, longer, longest = (fit.training_bytes(fit.SHAPES["135m"], CausalLM, torch.bfloat16, 2, length, 32) for length in (256, 512, 768))
+    assert longest - longer == longer - short > 0
+
+
 def test_dry_run_counts_no_weight_as_an_activation():
     """With one token the activations are next to nothing; what a forward and backward pass makes is the gradients."""
     model = random_model(ScalarModel, hidden_size=256, intermediate_size=512, vocab_size=64, head_dim=64)

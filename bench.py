@@ -121,10 +121,10 @@ def load(args):
 
 def smollm2(args):
     """A model of SmolLM2-135M's shape with random weights: ours and, if transformers is installed, theirs on the same ones."""
-    from nanodistill.fit import SHAPES
+    from nanodistill.presets import SIZES
     from nanodistill.model import CausalLM, init_weights
 
-    ours = init_weights(CausalLM(SHAPES["135m"]), torch.Generator().manual_seed(0)).to(DTYPES[args.dtype])
+    ours = init_weights(CausalLM(SIZES["135m"].shape), torch.Generator().manual_seed(0)).to(DTYPES[args.dtype])
     if not importlib.util.find_spec("transformers"):
         return ours, print("transformers is not installed: left out")
     import transformers

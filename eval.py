@@ -19,28 +19,32 @@ from itertools import combinations
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from data import TASKS
-from nanodistill import fit, run, vote, weights
+from data import ready, task_of
+from nanodistill import fit, run, settings, vote, weights
 from nanodistill.generate import generate
 from nanodistill.model import ScalarModel
 from nanodistill.reward import auc, measure, score_sequences
+from nanodistill.settings import Common, flag
 from nanodistill.tokenizer import Tokenizer
 
 
 # ---- config ----
 
 @dataclass
-class Config(run.Common):
-    models: str = run.flag("", "models to compare instead of the run's, separated by commas: folders, hub names or presets")
-    flawed: bool = run.flag(False, "keep the questions whose rows contradict themselves; they are named and left out otherwise")
-    samples: int = run.flag(8, "k of mean@k, maj@k and pass@k")
-    max_new_tokens: int = run.flag(512, "a response is cut off here")
-    slots: int = run.flag(64, "sequences sampled at once")
+class Config(Common):
+    models: str = flag("", "models to compare instead of the run's, separated by commas: folders, "
+                       "hub names or sizes")
+    flawed: bool = flag(False, "keep the questions whose rows contradict themselves; they are "
+                        "named and left out otherwise")
+    samples: int = flag(8, "k of mean@k, maj@k and pass@k", least=1)
+
+    def problems(self, given):
+        idle = self.flawed and self.task == "arithmetic"
+        return ["--flawed does nothing: no question of --task arithmetic contradicts itself"] * idle
 
 
-TINY = dict(max_new_tokens=56, slots=256)
+STAGES = {"eval": Config}
 
 
 # ---- figures ----
@@ -63,18 +67,24 @@ def paired(a, b, z=1.96):
 
 
 def true_accuracy(task, split, ids, texts):
-    """Share of responses that are right by gold. A diagnostic: what trains gets this number for its log, never the answers."""
+    """{"true_accuracy": share of the responses that are right by gold}, of those whose question has a gold answer; else {}.
+
+    A diagnostic: what trains gets this number for its log, never the answers.
+    """
     gold, questions = task.gold(split), {q["id"]: q["question"] for q in task.questions(split)}
-    return sum(task.equal(task.extract_answer(text, questions[id_]), gold[id_]) for id_, text in zip(ids, texts)) / max(len(ids), 1)
+    right = [task.equal(task.extract_answer(text, questions[id_]), gold[id_])
+             for id_, text in zip(ids, texts) if id_ in gold]
+    return {"true_accuracy": sum(right) / len(right)} if right else {}
 
 
-def sample(model, tokenizer, task, questions, n, temperature, config, description):
+def sample(model, tokenizer, task, questions, n, temperature, max_new_tokens, slots, description):
     """[[Sample] * n] for each question, with `text` and `answer` set on each."""
     rows = [[None] * n for _ in questions]
     prompts = [tokenizer.prompt_ids(task.prompt(q["question"])) for q in questions]
-    done = generate(model, prompts, n=n, temperature=temperature, max_new_tokens=config.max_new_tokens, slots=config.slots,
-                    eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id, seed=torch.initial_seed())
-    for i, j, s in tqdm(done, total=n * len(questions), desc=description, unit="response"):
+    done = generate(model, prompts, n=n, temperature=temperature, max_new_tokens=max_new_tokens,
+                    slots=slots, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id,
+                    seed=torch.initial_seed())
+    for i, j, s in run.Bar(done, total=n * len(questions), desc=description, unit="response"):
         s.text = tokenizer.decode(s.tokens)
         s.answer = task.extract_answer(s.text, questions[i]["question"]) if s.ended else None
         rows[i][j] = s
@@ -82,53 +92,80 @@ def sample(model, tokenizer, task, questions, n, temperature, config, descriptio
 
 
 def main(argv=None):
-    config = run.parse(Config, __doc__, TINY, argv)
+    configs = settings.parse("eval", STAGES, __doc__, argv)
+    config = configs["eval"]
     if config.dry_run:
-        return print(fit.report("eval", config))
-    folder, device, dtype = run.start(config, "eval")
-    task = TASKS[config.task](config.seed, config.data, config.flawed)
+        return print(ready.dry_run("eval", configs))
+    ready.check("eval", configs)
+    folder, device, dtype = run.start(configs, "eval")
+    task = task_of(config)
     metrics = run.Metrics(folder, "eval")
     if config.models:
         folders = {name: weights.resolve(name, "models") for name in config.models.split(",")}
     else:
-        folders = {} if config.teacher_url else {"teacher": weights.resolve(config.teacher, "teacher", config.teacher_revision)}
+        folders = {} if config.teacher_url else {
+            "teacher": weights.resolve(config.teacher, "teacher", config.teacher_revision)}
         folders |= {"base": weights.resolve(config.student, "student", config.revision),
-                   "sft": folder / "sft", "rl": folder / "rl"}
-        folders = {name: path for name, path in folders.items() if (path / "config.json").exists()}
+                    "sft": folder / "sft", "rl": folder / "rl"}
+        folders = {name: path for name, path in folders.items() if weights.complete(path)}
     questions = task.questions("test")[:config.questions or None]
     gold = task.gold("test")
+    labels = {row["id"]: row for row in run.read_jsonl(folder / "labels.jsonl")}
+    held_out = [q for q in (task.questions("train") if labels else [])
+                if run.held_out(q["id"]) and labels.get(q["id"], {}).get("vote") is not None]
 
     # ---- every model on the test questions ----
     report = {"seed": config.seed, "task": config.task, "models": {}, "pairs": {}}
     right, sampled, held_out_samples = {}, {}, {}
-    labels = {row["id"]: row for row in run.read_jsonl(folder / "labels.jsonl")}
-    held_out = [q for q in task.questions("train") if run.held_out(q["id"]) and labels.get(q["id"], {}).get("vote") is not None]
     for name, path in folders.items():
-        tokenizer, model = Tokenizer(path), weights.load(path, device=device, dtype=dtype)
-        greedy = sample(model, tokenizer, task, questions, 1, 0.0, config, f"{name}, greedy")
-        right[name] = [task.equal(s.answer, gold[q["id"]]) for q, (s,) in zip(questions, greedy)]
+        extra = held_out if name == "rl" else []
+        if not questions + extra:
+            continue
+        tokenizer, n = Tokenizer(path), config.samples
+        longest = max(len(tokenizer.prompt_ids(task.prompt(q["question"])))
+                      for q in questions + extra)
+        slots = run.fitted("eval", config, weights.load_config(path), dtype, device, longest,
+                           config.max_new_tokens, batch=fit.SCORED,
+                           jobs=n * len(questions + extra)).slots
+        model = weights.load(path, device=device, dtype=dtype)
+        how = config.max_new_tokens, slots
+        if extra:
+            held_out_samples[name] = sample(model, tokenizer, task, extra, n, 1.0, *how,
+                                            f"{name}, held-out questions")
+        if not questions:
+            continue
+        greedy = sample(model, tokenizer, task, questions, 1, 0.0, *how, f"{name}, greedy")
+        sampled[name] = sample(model, tokenizer, task, questions, n, 1.0, *how,
+                               f"{name}, {n} samples")
+        right[name] = [task.equal(s.answer, gold.get(q["id"]))
+                       for q, (s,) in zip(questions, greedy)]
         low, high = wilson(sum(right[name]), len(questions))
-        sampled[name] = sample(model, tokenizer, task, questions, config.samples, 1.0, config, f"{name}, {config.samples} samples")
-        if name == "rl" and held_out:
-            held_out_samples["rl"] = sample(model, tokenizer, task, held_out, config.samples, 1.0, config, "rl, held-out questions")
-        hits = [[task.equal(s.answer, gold[q["id"]]) for s in row] for q, row in zip(questions, sampled[name])]
-        majority = [task.equal(Counter(s.answer for s in row).most_common(1)[0][0], gold[q["id"]]) for q, row in zip(questions, sampled[name])]
+        hits = [[task.equal(s.answer, gold.get(q["id"])) for s in row]
+                for q, row in zip(questions, sampled[name])]
+        voted = [Counter(s.answer for s in row).most_common(1)[0][0] for row in sampled[name]]
+        majority = [task.equal(v, gold.get(q["id"])) for q, v in zip(questions, voted)]
+        tokens = sum(len(s.tokens) for row in sampled[name] for s in row)
         report["models"][name] = {
-            "greedy": {"accuracy": sum(right[name]) / len(questions), "low": low, "high": high, "n": len(questions)},
-            f"mean@{config.samples}": sum(map(sum, hits)) / (len(questions) * config.samples),
-            f"maj@{config.samples}": sum(majority) / len(questions), f"pass@{config.samples}": sum(map(any, hits)) / len(questions),
-            "length": sum(len(s.tokens) for row in sampled[name] for s in row) / (len(questions) * config.samples)}
-    for b, a in combinations(folders, 2):
+            "greedy": {"accuracy": sum(right[name]) / len(questions), "low": low, "high": high,
+                       "n": len(questions)},
+            f"mean@{n}": sum(map(sum, hits)) / (len(questions) * n),
+            f"maj@{n}": sum(majority) / len(questions),
+            f"pass@{n}": sum(map(any, hits)) / len(questions),
+            "length": tokens / (len(questions) * n)}
+        del model
+    for b, a in combinations(right, 2):
         report["pairs"][f"{a}-{b}"] = paired(right[a], right[b])
 
     # ---- the reward model ----
-    if not config.models and (folder / "rm" / weights.SINGLE).exists():
-        tokenizer, model = Tokenizer(folder / "rm"), weights.load(folder / "rm", ScalarModel, device=device, dtype=dtype)
+    if not config.models and weights.complete(folder / "rm"):
+        tokenizer = Tokenizer(folder / "rm")
+        model = weights.load(folder / "rm", ScalarModel, device=device, dtype=dtype)
 
         def scores(rows):
             """Scores of [(question, text, ended)]."""
-            ids = [tokenizer.prompt_ids(task.prompt(q)) + tokenizer.encode(text) + [tokenizer.eos_ids[0]] * ended for q, text, ended in rows]
-            return score_sequences(model, ids)
+            ids = [tokenizer.prompt_ids(task.prompt(q)) + tokenizer.encode(text)
+                   + [tokenizer.eos_ids[0]] * ended for q, text, ended in rows]
+            return score_sequences(model, ids, fit.SCORED)
 
         figures = {"auc": {}, "auc_gold": {}, "auc_own_logprob": {}, "held_out": {}}
         for name, file in (("teacher", "teacher.jsonl"), ("sft", "student.jsonl"), ("rl", None)):
@@ -143,7 +180,7 @@ def main(argv=None):
                 figures["auc"][name] = figures["held_out"][name]["auc"]
             if name in sampled:
                 flat = [(q, s) for q, row in zip(questions, sampled[name]) for s in row]
-                truth = [task.equal(s.answer, gold[q["id"]]) for q, s in flat]
+                truth = [task.equal(s.answer, gold.get(q["id"])) for q, s in flat]
                 figures["auc_gold"][name] = auc(scores([(q["question"], s.text, s.ended) for q, s in flat]), truth)
                 figures["auc_own_logprob"][name] = auc([sum(s.logprobs) for _, s in flat], truth)
         report["reward_model"] = figures
@@ -153,11 +190,14 @@ def main(argv=None):
         votes = [vote.Vote(row["vote"], row["agreement"], row["n"]) for row in labels.values()]
         kept = [row for row in labels.values() if row["vote"] is not None]
         train_gold = task.gold("train")
-        report["votes"] = {**vote.summary(votes), "accuracy": sum(task.equal(r["vote"], train_gold[r["id"]]) for r in kept) / max(len(kept), 1)}
+        right = [task.equal(r["vote"], train_gold[r["id"]]) for r in kept if r["id"] in train_gold]
+        report["votes"] = vote.summary(votes) | ({"accuracy": sum(right) / len(right)} if right else {})
     steps = [row for row in run.read_metrics(folder, "rl").values() if "score" in row]
     if steps:
-        keys, some = ("score", "true_accuracy", "kl", "length", "ended"), min(5, len(steps))
-        report["ppo"] = {when: {k: sum(row[k] for row in rows) / some for k in keys} for when, rows in (("start", steps[:some]), ("end", steps[-some:]))}
+        keys = [k for k in ("score", "true_accuracy", "kl", "length", "ended") if k in steps[0]]
+        ends = {"start": steps[:5], "end": steps[-5:]}
+        report["ppo"] = {when: {k: sum(row[k] for row in rows) / len(rows) for k in keys}
+                         for when, rows in ends.items()}
     report["seconds"] = {stage: round(row["seconds"], 1) for stage in ("teacher", "sft", "rm", "rl")
                          for row in run.read_metrics(folder, stage).values() if "seconds" in row}
     report["seconds"]["eval"] = round(metrics.seconds(), 1)
@@ -179,7 +219,12 @@ def main(argv=None):
 def markdown(report, config):
     """report.json as a page for people."""
     k = config.samples
-    lines = [f"# {report['task']}, seed {report['seed']}", "",
+    lines = [f"# {report['task']}, seed {report['seed']}", ""]
+    if not report["models"]:
+        lines += ["There are no test questions with answers, and so no accuracies: put test.jsonl, "
+                  "with a `question` and an `answer` a line, beside train.jsonl."]
+        return "\n".join(lines + rest(report)) + "\n"
+    lines += [
              f"| model | greedy | 95% interval | mean@{k} | maj@{k} | pass@{k} | length |", "|---|---|---|---|---|---|---|"]
     for name, m in report["models"].items():
         g = m["greedy"]
@@ -189,9 +234,18 @@ def markdown(report, config):
     lines += ["", f"{n} test questions; length in tokens. Two models on the same questions, greedy:", "",
               "| pair | difference, points | 95% interval | p (McNemar) |", "|---|---|---|---|"]
     lines += [f"| {name} | {100 * p['difference']:+.1f} | {100 * p['low']:+.1f} to {100 * p['high']:+.1f} | {p['p']:.2g} |" for name, p in report["pairs"].items()]
+    return "\n".join(lines + rest(report)) + "\n"
+
+
+def rest(report):
+    """The lines of the page that need no test questions."""
+    lines = []
     if "votes" in report:
         v = report["votes"]
-        lines += ["", f"Teacher's vote: {v['kept']:.1%} of the training questions kept, mean agreement {v['agreement']:.1%}; right by gold (a diagnostic) {v['accuracy']:.1%}."]
+        lines += ["", f"Teacher's vote: {v['kept']:.1%} of the training questions kept, mean "
+                  f"agreement {v['agreement']:.1%}"
+                  + (f"; right by gold (a diagnostic) {v['accuracy']:.1%}." if "accuracy" in v
+                     else ". No training question has a gold answer to compare with.")]
     if "reward_model" in report:
         figures = report["reward_model"]
         lines += ["", "| reward model on the responses of | AUC, vote | accuracy, vote | calibration error | AUC, gold | own log-probability's AUC, gold |", "|---|---|---|---|---|---|"]
@@ -200,10 +254,14 @@ def markdown(report, config):
                          + " | ".join(f"{figures[key][name]:.3f}" if name in figures[key] else "" for key in ("auc_gold", "auc_own_logprob")) + " |")
         lines += ["", "AUC against the vote: training questions held out from every stage. Against gold: test questions."]
     if "ppo" in report:
-        lines += ["", "| PPO, sampled on training questions | score | true accuracy | KL, nats a response | length | ended |", "|---|---|---|---|---|---|"]
-        lines += [f"| {when} (mean of at most 5 steps) | {r['score']:.2f} | {r['true_accuracy']:.1%} | {r['kl']:.2f} | {r['length']:.1f} | {r['ended']:.1%} |" for when, r in report["ppo"].items()]
-    lines += ["", "Seconds: " + ", ".join(f"{stage} {s:.0f}" for stage, s in report["seconds"].items()) + "."]
-    return "\n".join(lines) + "\n"
+        lines += ["", "| PPO, sampled on training questions | score | true accuracy | KL, nats "
+                  "a response | length | ended |", "|---|---|---|---|---|---|"]
+        for when, r in report["ppo"].items():
+            true = f"{r['true_accuracy']:.1%}" if "true_accuracy" in r else "no gold"
+            lines.append(f"| {when} (mean of at most 5 steps) | {r['score']:.2f} | {true} | "
+                         f"{r['kl']:.2f} | {r['length']:.1f} | {r['ended']:.1%} |")
+    lines += ["", "Seconds: " + ", ".join(f"{s} {t:.0f}" for s, t in report["seconds"].items()) + "."]
+    return lines
 
 
 def plot(report, folder):
@@ -215,7 +273,7 @@ def plot(report, folder):
     figure, axes = plt.subplots(2, 3, figsize=(12, 6.5), layout="constrained")
     sft = [(step, row["held_out_loss"]) for step, row in run.read_metrics(folder, "sft").items() if "held_out_loss" in row]
     rl = [row for row in run.read_metrics(folder, "rl").values() if "score" in row]
-    panels = [("SFT: held-out loss", sft)] + [(title, [(row["step"], row[key]) for row in rl]) for title, key in (
+    panels = [("SFT: held-out loss", sft)] + [(title, [(row["step"], row[key]) for row in rl if key in row]) for title, key in (
         ("PPO: score", "score"), ("PPO: true accuracy (diagnostic)", "true_accuracy"), ("PPO: KL to the SFT student, nats", "kl"), ("PPO: length, tokens", "length"))]
     for axis, (title, points) in zip(axes.flat, panels):
         axis.plot(*zip(*points) if points else ([], []), color="#2a6f97")
@@ -234,4 +292,4 @@ def plot(report, folder):
 
 
 if __name__ == "__main__":
-    main()
+    run.guard(main)

@@ -20,83 +20,112 @@ import sys
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
-from data import TASKS
-from eval import true_accuracy
-from nanodistill import fit, ppo, run, weights
+import eval as evaluation
+import train_rm
+from data import ready, task_of
+from nanodistill import ppo, run, settings, weights
 from nanodistill.generate import generate
 from nanodistill.losses import linear_logprobs
 from nanodistill.model import ScalarModel, pack
 from nanodistill.reward import score
+from nanodistill.settings import Common, flag
 from nanodistill.tokenizer import Tokenizer
 
 
 # ---- config ----
 
 @dataclass
-class Config(run.Common):
-    steps: int = run.flag(200, "PPO steps; one step samples a batch and learns from it")
-    prompts: int = run.flag(128, "questions a step")
-    samples: int = run.flag(2, "responses to each")
-    max_new_tokens: int = run.flag(512, "a response is cut off here")
-    slots: int = run.flag(64, "sequences sampled at once")
-    temperature: float = run.flag(1.0, "of sampling and of scoring alike")
-    ppo_epochs: int = run.flag(2, "passes over a step's responses")
-    minibatches: int = run.flag(4, "optimizer steps a pass")
-    micro_batch: int = run.flag(8, "responses a forward and backward pass; the gradient does not depend on it")
-    checkpoint: bool = run.flag(False, "activation checkpointing: a layer's activations are computed again in backward instead of kept")
-    learning_rate: float = run.flag(1e-6, "of the policy")
-    value_learning_rate: float = run.flag(5e-6, "of the value model")
-    warmup: float = run.flag(0.05, "share of the steps in which the learning rates rise; then they fall to 0 at the last")
-    max_grad_norm: float = run.flag(1.0, "gradients are scaled down to this norm")
-    clip: float = run.flag(0.2, "the ratio is kept within 1 - clip and 1 + clip")
-    value_clip: float = run.flag(0.2, "values are kept this near to the old ones")
-    gamma: float = run.flag(1.0, "discount a token")
-    lam: float = run.flag(0.95, "GAE's lambda")
-    kl_coef: float = run.flag(0.05, "reward lost per nat of drift from the reference")
-    kl_control: str = run.flag("fixed", "adaptive: kl_coef follows kl_target", ("fixed", "adaptive"))
-    kl_target: float = run.flag(6.0, "nats a response that adaptive control aims at")
-    kl_limit: float = run.flag(0.1, "the update ends early when a minibatch's approx_kl passes this (nats a token)")
-    score: str = run.flag("logit", "logit: the reward model's output; probability: its sigmoid, for a reward model trained with bce; the values likewise", ("logit", "probability"))
-    whiten_scores: bool = run.flag(True, "scores to mean 0 and variance 1 within a step, before the KL penalty")
-    whiten_advantages: bool = run.flag(True, "advantages to mean 0 and variance 1 within a step")
-    no_eos_penalty: float = run.flag(2.0, "taken from the (whitened) score of a response that never ends")
-    value_from: str = run.flag("reward", "what the value model starts from: the reward model or the policy", ("reward", "policy"))
-    save_every: int = run.flag(20, "steps between checkpoints")
+class Config(Common):
+    # Sampling.
+    steps: int = flag(None, "PPO steps; one step samples a batch and learns from it", least=1)
+    prompts: int = flag(None, "questions per step", least=1)
+    samples: int = flag(None, "responses to each", least=1)
+    temperature: float = flag(1.0, "of sampling and of scoring alike", above=0)
+    # Optimization.
+    ppo_epochs: int = flag(None, "passes over a step's responses", least=1)
+    minibatches: int = flag(4, "optimizer steps per pass", least=1)
+    micro_batch: int = flag(0, "responses per forward and backward pass; the gradient does not "
+                            "depend on it; 0 = as many as fit the memory", least=0, result=False)
+    checkpoint: bool = flag(None, "activation checkpointing: a layer's activations are computed "
+                            "again in backward instead of kept; not given: where it must be",
+                            result=False)
+    learning_rate: float = flag(None, "of the policy", above=0)
+    value_learning_rate: float = flag(None, "of the value model", above=0)
+    warmup: float = flag(0.05, "share of the steps in which the learning rates rise; then they "
+                         "fall to 0 at the last", least=0, most=1)
+    max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm", above=0)
+    # The algorithm.
+    clip: float = flag(0.2, "the ratio is kept within 1 - clip and 1 + clip", above=0)
+    value_clip: float = flag(0.2, "values are kept this near to the old ones", above=0)
+    gamma: float = flag(1.0, "discount per token", least=0, most=1)
+    lam: float = flag(0.95, "GAE's lambda", least=0, most=1)
+    kl_coef: float = flag(0.05, "reward lost per nat of drift from the reference", least=0)
+    kl_control: str = flag("fixed", "adaptive: kl_coef follows kl_target", ("fixed", "adaptive"))
+    kl_target: float = flag(6.0, "nats per response that adaptive control aims at", above=0)
+    kl_limit: float = flag(0.1, "the update ends early when a minibatch's approx_kl passes this "
+                           "(nats per token)", above=0)
+    # Scores and values.
+    score: str = flag(None, "logit: the reward model's output; probability: its sigmoid, for a "
+                      "reward model trained with bce; the values likewise",
+                      ("logit", "probability"))
+    whiten_scores: bool = flag(None, "scores to mean 0 and variance 1 within a step, before the "
+                               "KL penalty")
+    whiten_advantages: bool = flag(True, "advantages to mean 0 and variance 1 within a step")
+    no_eos_penalty: float = flag(None, "taken from the (whitened) score of a response that never "
+                                 "ends", least=0)
+    value_from: str = flag("reward", "what the value model starts from: the reward model or the "
+                           "policy", ("reward", "policy"))
+    save_every: int = flag(20, "steps between checkpoints", least=1, result=False)
+
+    def problems(self, given):
+        batch = self.prompts * self.samples
+        rules = [
+            ("kl_target" in given and self.kl_control == "fixed",
+             "--kl-target does nothing without --kl-control adaptive"),
+            (batch % self.minibatches, f"--prompts x --samples = {batch} responses do not split "
+             f"into --minibatches {self.minibatches}")]
+        return [message for wrong, message in rules if wrong]
 
 
-TINY = dict(steps=60, prompts=512, samples=1, max_new_tokens=56, slots=256, ppo_epochs=1, micro_batch=128, learning_rate=2e-4, value_learning_rate=6e-4,
-            kl_coef=0.05, score="probability", whiten_scores=False, no_eos_penalty=1.0)
+STAGES = {**train_rm.STAGES, "rl": Config, **evaluation.STAGES}
 
 
 def main(argv=None):
-    config = run.parse(Config, __doc__, TINY, argv)
+    configs = settings.parse("rl", STAGES, __doc__, argv)
+    config = configs["rl"]
     if config.dry_run:
-        return print(fit.report("rl", config))
-    folder, device, dtype = run.start(config, "rl")
+        return print(ready.dry_run("rl", configs))
+    ready.check("rl", configs)
+    folder, device, dtype = run.start(configs, "rl")
     batch_size = config.prompts * config.samples
     minibatch = batch_size // config.minibatches
-    micro_batch = min(config.micro_batch, minibatch)
-    if minibatch * config.minibatches != batch_size or minibatch % micro_batch:
-        sys.exit(f"--prompts x --samples = {batch_size} must split into --minibatches {config.minibatches} of whole --micro-batch {config.micro_batch}")
-    run.need(folder / "rm" / weights.SINGLE, "train_rm.py", config)
-    if (folder / "rl" / weights.SINGLE).exists():
-        run.need(folder / "report.md", "eval.py", config)
-        sys.exit(f"{folder / 'rl'} is complete; delete it to train again. The table: {folder / 'report.md'}")
+    run.need(weights.complete(folder / "rm"), folder / "rm", "train_rm.py", config)
+    if weights.complete(folder / "rl"):
+        run.need((folder / "report.md").exists(), folder / "report.md", "eval.py", config)
+        sys.exit(f"{folder / 'rl'} is complete; delete it to train again. The table: "
+                 f"{folder / 'report.md'}")
 
     # ---- data: the questions that have a vote, less the held-out ones ----
-    tokenizer, task = Tokenizer(folder / "sft"), TASKS[config.task](config.seed, config.data)
+    tokenizer, task = Tokenizer(folder / "sft"), task_of(config)
     voted = {row["id"] for row in run.read_jsonl(folder / "labels.jsonl") if row["vote"] is not None}
     questions = [q for q in task.questions("train") if q["id"] in voted and not run.held_out(q["id"])]
     prompts = {q["id"]: tokenizer.prompt_ids(task.prompt(q["question"])) for q in questions}
-    print(f"rl: {len(questions)} questions, {batch_size} responses a step, {config.ppo_epochs} x {config.minibatches} minibatches of {minibatch}")
+    if not questions:
+        sys.exit(f"{folder / 'labels.jsonl'} holds no vote on a question that is not held out: "
+                 "there is nothing to ask.")
+    print(f"rl: {len(questions)} questions, {batch_size} responses a step, "
+          f"{config.ppo_epochs} x {config.minibatches} minibatches of {minibatch}")
+    choice = run.fitted("rl", config, weights.load_config(folder / "sft"), dtype, device,
+                        max(map(len, prompts.values())), config.max_new_tokens, batch=minibatch,
+                        jobs=batch_size)
+    micro_batch, slots = choice.micro_batch, choice.slots
 
     # ---- models and optimizers: fp32 weights for what is trained, the arithmetic's dtype for what is frozen ----
     policy = weights.load(folder / "sft", device=device).train()
     value_model = weights.load(folder / ("rm" if config.value_from == "reward" else "sft"), ScalarModel, device=device).train()
     for model in (policy.model, value_model.model):
-        model.dtype, model.checkpoint = dtype, config.checkpoint
+        model.dtype, model.checkpoint = dtype, choice.checkpoint
     reference = weights.load(folder / "sft", device=device, dtype=dtype).requires_grad_(False)
     reward_model = weights.load(folder / "rm", ScalarModel, device=device, dtype=dtype).requires_grad_(False)
     adam = dict(betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -124,6 +153,57 @@ def main(argv=None):
         """Index, into the (B, R) of all, of the tokens of the responses `chosen`."""
         return torch.cat([torch.arange(lengths[b]) + b * max(lengths) for b in chosen]).to(device)
 
+    def describe(micro_batch, rows, responses, response_mask):
+        """What the models say of the responses `micro_batch` at a time, those of like length together.
+
+        Returns old_logprobs, entropy, ref_logprobs, old_values (B, R), 0 outside the mask, and scores (B,).
+        """
+        B, lengths = len(rows), [len(r.tokens) for r in responses]
+        grids = [torch.zeros(response_mask.shape, device=device) for _ in range(4)]
+        old_logprobs, entropy, ref_logprobs, old_values = (grid.view(-1) for grid in grids)
+        scores = torch.zeros(B, device=device)
+        by_length = sorted(range(B), key=lambda b: len(rows[b]))
+        with torch.no_grad():
+            for start in range(0, B, micro_batch):
+                some = by_length[start:start + micro_batch]
+                some_rows, some_responses = [rows[b] for b in some], [responses[b] for b in some]
+                at = places(lengths, some)
+                old_logprobs[at], entropy[at] = response_logprobs(policy, some_rows, some_responses)
+                ref_logprobs[at], _ = response_logprobs(reference, some_rows, some_responses)
+                old_values[at] = response_values(some_rows, some_responses)
+                scores[torch.tensor(some).to(device)] = squash(score(reward_model, some_rows))
+        return *grids, scores
+
+    def gradients(micro_batch, chosen, rows, responses, old_logprobs, advantages, old_values, returns):
+        """Make both models' gradients of the responses `chosen`, `micro_batch` at a time.
+
+        Returns the minibatch's losses and measurements, each a mean over its response tokens.
+        """
+        policy_optimizer.zero_grad(set_to_none=True)
+        value_optimizer.zero_grad(set_to_none=True)
+        lengths, stats = [len(r.tokens) for r in responses], {}
+        tokens = sum(lengths[b] for b in chosen)
+        chosen = sorted(chosen, key=lambda b: len(rows[b]))
+        for start in range(0, len(chosen), micro_batch):
+            mb = chosen[start:start + micro_batch]
+            mb_rows, mb_responses = [rows[b] for b in mb], [responses[b] for b in mb]
+            at = places(lengths, mb)
+            mb_old_logprobs, mb_advantages, mb_old_values, mb_returns = (
+                x.flatten()[at] for x in (old_logprobs, advantages, old_values, returns))
+            every = torch.ones_like(at, dtype=torch.bool)            # flat: there is nothing to mask
+            mb_logprobs, _ = response_logprobs(policy, mb_rows, mb_responses)
+            loss, policy_stats = ppo.policy_loss(mb_logprobs, mb_old_logprobs, mb_advantages, every,
+                                                 config.clip, tokens)
+            loss.backward()
+            mb_values = response_values(mb_rows, mb_responses)
+            v_loss = ppo.value_loss(mb_values, mb_old_values, mb_returns, every, config.value_clip,
+                                    tokens)
+            v_loss.backward()
+            for key, value in {**policy_stats, "policy_loss": loss.detach(),
+                               "value_loss": v_loss.detach()}.items():
+                stats[key] = stats.get(key, 0) + value
+        return stats
+
     # ---- loop ----
     metrics = run.Metrics(folder, "rl")
     state = run.load_checkpoint(folder / "rl" / "resume.pt", config)
@@ -133,8 +213,12 @@ def main(argv=None):
         policy_optimizer.load_state_dict(state["policy_optimizer"])
         value_optimizer.load_state_dict(state["value_optimizer"])
         first, kl_coef, seconds = state["step"], state["kl_coef"], state["seconds"]
+        micro_batch = min(micro_batch, state["micro_batch"])         # so that sums round as before
+        slots = min(slots, state["slots"])
         print(f"rl: going on after step {first}")
-    with run.interruptible() as stop, tqdm(range(first, config.steps), initial=first, total=config.steps, desc="rl", unit="step") as bar:
+    bar = run.Bar(range(first, config.steps), initial=first, total=config.steps, desc="rl",
+                  unit="step")
+    with run.interruptible() as stop, bar:
         for step in bar:
             # A step's questions, samples and minibatches follow from the seed and the step: a resumed run does the same.
             rng = random.Random(f"rl {config.seed} {step}")
@@ -145,7 +229,7 @@ def main(argv=None):
             # ---- rollout ----
             responses = [None] * batch_size
             for i, j, sample in generate(policy, [prompts[id_] for id_ in chosen[::config.samples]], n=config.samples,
-                                         temperature=config.temperature, max_new_tokens=config.max_new_tokens, slots=config.slots,
+                                         temperature=config.temperature, max_new_tokens=config.max_new_tokens, slots=slots,
                                          eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id, seed=rng.getrandbits(63)):
                 responses[i * config.samples + j] = sample
             rows = [prompts[id_] + r.tokens for id_, r in zip(chosen, responses)]
@@ -153,18 +237,10 @@ def main(argv=None):
             ended = torch.tensor([r.ended for r in responses]).to(device)                             # (B,)
             response_mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).to(device)  # (B, R), True = a sampled token
 
-            # ---- scores, logprobs, values, rewards, advantages; responses of like lengths together ----
-            old_logprobs, entropy, ref_logprobs, old_values = (torch.zeros(response_mask.shape, device=device) for _ in range(4))
-            scores = torch.zeros(batch_size, device=device)
-            by_length = sorted(range(batch_size), key=lambda b: len(rows[b]))
-            with torch.no_grad():
-                for start in range(0, batch_size, micro_batch):
-                    some = by_length[start:start + micro_batch]
-                    some_rows, some_responses, at = [rows[b] for b in some], [responses[b] for b in some], places(lengths, some)
-                    old_logprobs.view(-1)[at], entropy.view(-1)[at] = response_logprobs(policy, some_rows, some_responses)
-                    ref_logprobs.view(-1)[at], _ = response_logprobs(reference, some_rows, some_responses)
-                    old_values.view(-1)[at] = response_values(some_rows, some_responses)
-                    scores[torch.tensor(some).to(device)] = squash(score(reward_model, some_rows))
+            # ---- scores, logprobs, values, rewards, advantages ----
+            (old_logprobs, entropy, ref_logprobs, old_values, scores), micro_batch = \
+                run.halve_when_full(describe, micro_batch, "--micro-batch", rows, responses,
+                                    response_mask)
             shaped = ppo.whiten(scores, torch.ones_like(ended)) if config.whiten_scores else scores
             shaped = shaped - config.no_eos_penalty * ~ended
             rewards = ppo.shape_rewards(shaped, old_logprobs, ref_logprobs, response_mask, kl_coef)
@@ -184,22 +260,9 @@ def main(argv=None):
                 order = list(range(batch_size))
                 rng.shuffle(order)
                 for start in range(0, batch_size, minibatch):
-                    tokens = sum(lengths[b] for b in order[start:start + minibatch])
-                    sorted_order = sorted(order[start:start + minibatch], key=lambda b: len(rows[b]))
-                    mb_stats = {}
-                    for begin in range(0, minibatch, micro_batch):
-                        mb = sorted_order[begin:begin + micro_batch]
-                        mb_rows, mb_responses, at = [rows[b] for b in mb], [responses[b] for b in mb], places(lengths, mb)
-                        mb_old_logprobs, mb_advantages, mb_old_values, mb_returns = (x.flatten()[at] for x in (old_logprobs, advantages, old_values, returns))
-                        every = torch.ones_like(at, dtype=torch.bool)                                 # flat: there is nothing to mask
-                        mb_logprobs, _ = response_logprobs(policy, mb_rows, mb_responses)
-                        loss, policy_stats = ppo.policy_loss(mb_logprobs, mb_old_logprobs, mb_advantages, every, config.clip, tokens)
-                        loss.backward()
-                        mb_values = response_values(mb_rows, mb_responses)
-                        v_loss = ppo.value_loss(mb_values, mb_old_values, mb_returns, every, config.value_clip, tokens)
-                        v_loss.backward()
-                        for key, value in {**policy_stats, "policy_loss": loss.detach(), "value_loss": v_loss.detach()}.items():
-                            mb_stats[key] = mb_stats.get(key, 0) + value
+                    mb_stats, micro_batch = run.halve_when_full(
+                        gradients, micro_batch, "--micro-batch", order[start:start + minibatch],
+                        rows, responses, old_logprobs, advantages, old_values, returns)
                     if not updates:
                         first_minibatch = mb_stats
                     for key, value in mb_stats.items():
@@ -221,32 +284,40 @@ def main(argv=None):
                 kl_coef = ppo.adapt_kl(kl_coef, kl.item(), config.kl_target, batch_size)
 
             # ---- metrics ----
-            sampled = torch.tensor([logprob for r in responses for logprob in r.logprobs]).to(device)  # by the sampler, flat
+            # By the sampler, flat.
+            sampled = torch.tensor([p for r in responses for p in r.logprobs]).to(device)
+            gap = sampled - old_logprobs.flatten()[places(lengths, range(batch_size))]
             texts = [tokenizer.decode(r.tokens) if r.ended else "" for r in responses]
             row = metrics(
-                step, score=scores.mean(), rewards=rewards.sum(1).mean(), kl=kl, kl_coef=kl_coef, learning_rate=policy_optimizer.param_groups[0]["lr"],
-                **{f"first_{key}": first_minibatch[key] for key in ("ratio", "approx_kl", "clipfrac")},
+                step, score=scores.mean(), rewards=rewards.sum(1).mean(), kl=kl, kl_coef=kl_coef,
+                learning_rate=policy_optimizer.param_groups[0]["lr"],
+                **{f"first_{key}": first_minibatch[key]
+                   for key in ("ratio", "approx_kl", "clipfrac")},
                 **{key: value / updates for key, value in stats.items()}, updates=updates,
-                sampler_gap=(sampled - old_logprobs.flatten()[places(lengths, range(batch_size))]).abs().max(),
+                sampler_gap=gap.abs().max(),
                 explained_variance=ppo.explained_variance(old_values, returns, response_mask),
-                entropy=ppo.masked_mean(entropy, response_mask), length=sum(lengths) / batch_size, ended=ended.float().mean(),
-                true_accuracy=true_accuracy(task, "train", chosen, texts))
-            bar.set_postfix(score=f"{row['score']:.2f}", kl=f"{row['kl']:.2f}", true=f"{row['true_accuracy']:.2f}", length=f"{row['length']:.0f}")
+                entropy=ppo.masked_mean(entropy, response_mask),
+                length=sum(lengths) / batch_size, ended=ended.float().mean(),
+                **evaluation.true_accuracy(task, "train", chosen, texts))
+            shown = {"score": "score", "kl": "kl", "true_accuracy": "true", "length": "length"}
+            bar.set_postfix({shown[k]: f"{row[k]:.2f}" for k in shown if k in row})
 
             # ---- save ----
             stopping = stop()                                        # asked once a step: an interrupt between two askings would not be saved
             if stopping or (step + 1) % config.save_every == 0:
                 run.save_checkpoint(folder / "rl" / "resume.pt", config, policy=policy.state_dict(), value_model=value_model.state_dict(),
                                     policy_optimizer=policy_optimizer.state_dict(), value_optimizer=value_optimizer.state_dict(),
-                                    step=step + 1, kl_coef=kl_coef, seconds=metrics.seconds(seconds))
+                                    step=step + 1, kl_coef=kl_coef, micro_batch=micro_batch, slots=slots,
+                                    seconds=metrics.seconds(seconds))
             if stopping:
                 sys.exit("stopped after saving; the same command goes on from here")
     metrics(config.steps, seconds=metrics.seconds(seconds))
     weights.save(policy, folder / "rl", folder / "sft")
     print(f"rl: -> {folder / 'rl'}")
     (folder / "report.md").unlink(missing_ok=True)                                                    # of an earlier student
-    run.need(folder / "report.md", "eval.py", config)
+    (folder / "rl" / "resume.pt").unlink(missing_ok=True)
+    run.need(False, folder / "report.md", "eval.py", config)
 
 
 if __name__ == "__main__":
-    main()
+    run.guard(main)

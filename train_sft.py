@@ -16,45 +16,54 @@ import sys
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
-from data import TASKS
-from nanodistill import fit, run, weights
+from data import ready, task_of, teacher
+from nanodistill import run, settings, weights
 from nanodistill.losses import linear_cross_entropy
 from nanodistill.model import pack
+from nanodistill.settings import Common, flag
 from nanodistill.tokenizer import Tokenizer
 
 
 # ---- config ----
 
 @dataclass
-class Config(run.Common):
-    epochs: float = run.flag(3.0, "passes over the responses; the best held-out loss among the evaluations is kept")
-    batch_size: int = run.flag(64, "responses an optimizer step")
-    micro_batch: int = run.flag(8, "responses a forward and backward pass; the gradient does not depend on it")
-    checkpoint: bool = run.flag(False, "activation checkpointing: a layer's activations are computed again in backward instead of kept")
-    learning_rate: float = run.flag(1e-5, "peak; rises over the first steps, then falls linearly to a tenth")
-    warmup: float = run.flag(0.05, "share of the steps in which the learning rate rises")
-    weight_decay: float = run.flag(0.0, "AdamW's")
-    max_grad_norm: float = run.flag(1.0, "gradients are scaled down to this norm")
-    evals_an_epoch: int = run.flag(2, "held-out evaluations an epoch")
+class Config(Common):
+    epochs: float = flag(None, "passes over the responses; the best held-out loss among the "
+                         "evaluations is kept", above=0)
+    batch_size: int = flag(None, "responses per optimizer step", least=1)
+    micro_batch: int = flag(0, "responses per forward and backward pass; the gradient does not "
+                            "depend on it; 0 = as many as fit the memory", least=0, result=False)
+    checkpoint: bool = flag(None, "activation checkpointing: a layer's activations are computed "
+                            "again in backward instead of kept; not given: where it must be",
+                            result=False)
+    learning_rate: float = flag(None, "peak; rises over the first steps, then falls linearly to a "
+                                "tenth", above=0)
+    warmup: float = flag(0.05, "share of the steps in which the learning rate rises", least=0,
+                         most=1)
+    weight_decay: float = flag(0.0, "AdamW's", least=0)
+    max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm", above=0)
+    evals_an_epoch: int = flag(2, "held-out evaluations per epoch", least=1)
 
 
-TINY = dict(epochs=3.0, learning_rate=5e-4, micro_batch=64)
+STAGES = {**teacher.STAGES, "sft": Config}
 
 
 def main(argv=None):
-    config = run.parse(Config, __doc__, TINY, argv)
+    configs = settings.parse("sft", STAGES, __doc__, argv)
+    config = configs["sft"]
     if config.dry_run:
-        return print(fit.report("sft", config))
-    folder, device, dtype = run.start(config, "sft")
-    run.need(folder / "labels.jsonl", "data/teacher.py", config)
-    if (folder / "sft" / weights.SINGLE).exists():
+        return print(ready.dry_run("sft", configs))
+    ready.check("sft", configs)
+    folder, device, dtype = run.start(configs, "sft")
+    run.need((folder / "labels.jsonl").exists(), folder / "labels.jsonl", "data/teacher.py",
+             config)
+    if weights.complete(folder / "sft"):
         sys.exit(f"{folder / 'sft'} is complete; delete it to train again")
 
     # ---- data: (prompt ids, response ids) of each distinct vote-consistent response ----
     source = weights.resolve(config.student, "student", config.revision)
-    tokenizer, task = Tokenizer(source), TASKS[config.task](config.seed, config.data)
+    tokenizer, task = Tokenizer(source), task_of(config)
     labels = {row["id"]: row["labels"] for row in run.read_jsonl(folder / "labels.jsonl")}
     train, held_out = [], []
     for row in sorted(run.read_jsonl(folder / "teacher.jsonl"), key=lambda row: row["id"]):
@@ -63,16 +72,24 @@ def main(argv=None):
         split = held_out if run.held_out(row["id"]) else train
         split += [(prompt, tokenizer.encode(text) + [tokenizer.eos_ids[0]]) for text in sorted(good)]
     print(f"sft: {len(train)} responses to train on, {len(held_out)} held out, of {len(labels)} questions")
-    if len(train) < config.batch_size:
-        sys.exit(f"That is less than one batch of {config.batch_size}. Did the teacher's answers end in what the task asks for (look into {folder / 'teacher.jsonl'})? "
-                 "If so: more --questions, more samples of the teacher, or a smaller --batch-size.")
+    if not train:
+        sys.exit("The vote left no response to train on. Did the teacher's answers end in what the "
+                 f"task asks for (look into {folder / 'teacher.jsonl'})? If so: more --questions or "
+                 "more --teacher.samples.")
+    batch_size = min(config.batch_size, len(train))
+    if batch_size < config.batch_size:
+        print(f"sft: that is less than one batch of {config.batch_size}: a step takes all of them")
 
     # ---- model and optimizer ----
+    choice = run.fitted("sft", config, weights.load_config(source), dtype, device,
+                        max(len(prompt) for prompt, _ in train + held_out),
+                        max(len(response) for _, response in train + held_out), batch=batch_size)
     model = weights.load(source, device=device).train()
-    model.model.dtype, model.model.checkpoint = dtype, config.checkpoint
+    model.model.dtype, model.model.checkpoint = dtype, choice.checkpoint
+    micro_batch = choice.micro_batch
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
-    batches = len(train) // config.batch_size
-    steps = int(config.epochs * batches)
+    batches = len(train) // batch_size
+    steps = max(int(config.epochs * batches), 1)
     eval_every = max(batches // config.evals_an_epoch, 1)
 
     def summed_loss(rows, denominator):
@@ -82,12 +99,23 @@ def main(argv=None):
         targets = torch.tensor([token for _, response in rows for token in response]).to(device)
         return linear_cross_entropy(hidden, model.head, targets, denominator, ignore_index=None)
 
+    def gradients(micro_batch, rows):
+        """Make the gradients of the batch's mean loss, some rows at a time; returns the loss."""
+        optimizer.zero_grad(set_to_none=True)
+        tokens, total = sum(len(response) for _, response in rows), torch.zeros((), device=device)
+        for i in range(0, len(rows), micro_batch):
+            loss = summed_loss(rows[i:i + micro_batch], tokens)
+            loss.backward()
+            total += loss.detach()
+        return total
+
     # ---- evaluation ----
     @torch.no_grad()
-    def held_out_loss():
+    def held_out_loss(micro_batch):
         tokens = sum(len(response) for _, response in held_out)
         rows = sorted(held_out, key=lambda row: len(row[0]) + len(row[1]))
-        parts = [summed_loss(rows[i:i + config.micro_batch], tokens).item() for i in range(0, len(rows), config.micro_batch)]
+        parts = [summed_loss(rows[i:i + micro_batch], tokens).item()
+                 for i in range(0, len(rows), micro_batch)]
         return sum(parts) if parts else float("nan")               # nothing is held out of a small run: the last weights are kept
 
     # ---- loop ----
@@ -97,48 +125,46 @@ def main(argv=None):
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        step, best, best_weights, seconds = state["step"], state["best"], state["best_weights"], state["seconds"]
+        step, best, best_weights, seconds = (
+            state[k] for k in ("step", "best", "best_weights", "seconds"))
+        micro_batch = min(micro_batch, state["micro_batch"])         # so that sums round as before
         print(f"sft: going on after step {step}")
-    with run.interruptible() as stop, tqdm(total=steps, initial=step, desc="sft", unit="step") as bar:
+    bar = run.Bar(total=steps, initial=step, desc="sft", unit="step")
+    with run.interruptible() as stop, bar:
         while step < steps:
             if step % eval_every == 0:
-                loss = held_out_loss()
+                loss, micro_batch = run.halve_when_full(held_out_loss, micro_batch, "--micro-batch")
                 metrics(step, held_out_loss=loss)
                 bar.write(f"sft: step {step}, held-out loss {loss:.4f}")
                 if loss < best:
-                    best, best_weights = loss, {k: v.detach().clone() for k, v in model.state_dict().items()}
+                    best, best_weights = loss, weights.on_host(model)
             # The order of an epoch follows from the seed and the epoch alone: a resumed run sees the same batches.
             order = list(range(len(train)))
             random.Random(f"{config.seed} {step // batches}").shuffle(order)
-            rows = [train[i] for i in order[step % batches * config.batch_size:][:config.batch_size]]
+            rows = [train[i] for i in order[step % batches * batch_size:][:batch_size]]
             rows.sort(key=lambda row: len(row[0]) + len(row[1]))
-            tokens = sum(len(response) for _, response in rows)
             rate = config.learning_rate * min((step + 1) / max(config.warmup * steps, 1), 1 - 0.9 * step / steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            total = torch.zeros((), device=device)
-            for i in range(0, len(rows), config.micro_batch):
-                loss = summed_loss(rows[i:i + config.micro_batch], tokens)
-                loss.backward()
-                total += loss.detach()
+            total, micro_batch = run.halve_when_full(gradients, micro_batch, "--micro-batch", rows)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
             bar.update()
             if step % 10 == 0:
-                bar.set_postfix(loss=f"{metrics(step, loss=total, grad_norm=norm, learning_rate=rate, tokens=tokens)['loss']:.4f}")
+                bar.set_postfix(loss=f"{metrics(step, loss=total, grad_norm=norm, learning_rate=rate, tokens=sum(len(r) for _, r in rows))['loss']:.4f}")
             stopping = stop()                                        # asked once a step: an interrupt between two askings would not be saved
             if stopping or step % 500 == 0:
-                run.save_checkpoint(folder / "sft" / "resume.pt", config, model=model.state_dict(), step=step, best=best,
+                run.save_checkpoint(folder / "sft" / "resume.pt", config, model=model.state_dict(), step=step, best=best, micro_batch=micro_batch,
                                     optimizer=optimizer.state_dict(), best_weights=best_weights, seconds=metrics.seconds(seconds))
             if stopping:
                 sys.exit("stopped after saving; the same command goes on from here")
 
     # ---- save ----
-    loss = held_out_loss()
+    loss, micro_batch = run.halve_when_full(held_out_loss, micro_batch, "--micro-batch")
     if loss > best:
-        model.load_state_dict(best_weights)
+        model.load_state_dict(best_weights, strict=False)
     metrics(step, held_out_loss=loss, best=min(loss, best), seconds=metrics.seconds(seconds))
     print(f"sft: held-out loss {loss:.4f} at the end, best {min(loss, best):.4f}, kept -> {folder / 'sft'}")
     weights.save(model, folder / "sft", source)
@@ -146,4 +172,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run.guard(main)

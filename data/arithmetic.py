@@ -134,7 +134,7 @@ def draw_split(seed, split, size):
 
 class Arithmetic:
     """`seed` draws the questions; `train` and `test` are how many. `data` and `flawed` are for tasks that are read, and not used."""
-    name = "arithmetic"
+    name, published = "arithmetic", {"train": 6000, "test": 1000}
 
     def __init__(self, seed=0, data="", flawed=False, train=6000, test=1000):
         self.seed, self.sizes = seed, {"train": train, "test": test}

@@ -1,48 +1,116 @@
-"""Tasks that are read: rows from a local folder or from the Hugging Face hub, and what such tasks share."""
+"""Tasks that are read: rows from JSONL or parquet, what is wrong with them, and what they share."""
 
+import codecs
 import json
+import sys
 from pathlib import Path
 
 
-def read_rows(data, hub, pattern, split):
-    """The rows of one split of a published data set, as a list of dicts.
+def find_files(data, split, required=True):
+    """[Path] of a split's rows: `data` if it is a file, else its <split>.jsonl or <split>*.parquet.
 
-    `data` is a folder that holds `<split>.jsonl` or `<split>*.parquet` files, or "" for the files matching `pattern` of the hub's
-    data set `hub`. Parquet needs the [data] extra. Raises FileNotFoundError with what was looked for.
+    FileNotFoundError: `data` is not there, or has no rows of a split that is `required`.
     """
-    if data:
-        folder = Path(data)
-    else:
-        from huggingface_hub import snapshot_download
-        folder = Path(snapshot_download(hub, repo_type="dataset", allow_patterns=[pattern])) / Path(pattern).parent
-    plain = folder / f"{split}.jsonl"
-    if plain.exists():
-        return [json.loads(line) for line in plain.read_text(encoding="utf-8").split("\n") if line.strip()]
-    files = sorted(folder.glob(f"{split}*.parquet"))
-    if not files:
-        raise FileNotFoundError(f"{folder}: neither {plain.name} nor {split}*.parquet is there")
+    path = Path(data)
+    folder = sorted(path.glob(f"{split}.jsonl")) or sorted(path.glob(f"{split}*.parquet"))
+    files = [path] if path.is_file() else folder
+    if not files and (required or not path.exists()):
+        raise FileNotFoundError(
+            f"{path}: no such file, and no folder with {split}.jsonl or {split}*.parquet in it")
+    return files
+
+
+def load(file):
+    """[(place, row)]: ("line 3", bytes) of JSONL, ("row 3", dict) of parquet, or an ImportError."""
+    if file.suffix != ".parquet":                       # bytes: bad UTF-8 spoils no other line
+        lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+        return [(f"line {n}", line) for n, line in enumerate(lines, 1) if line.strip()]
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise ImportError(f'{files[0]} is parquet, which needs pyarrow: pip install -e ".[data]"') from error
-    return [row for file in files for row in pyarrow.parquet.read_table(file).to_pylist()]
+        raise ImportError(
+            f'{file} is parquet, which needs pyarrow: pip install -e ".[data]"') from error
+    table = pyarrow.parquet.read_table(file)
+    return [(f"row {n}", row) for n, row in enumerate(table.to_pylist(), 1)]
+
+
+def text_of(row, key):
+    """row[key], a text that is not blank. ValueError: it is something else, or `row` is no dict."""
+    if not isinstance(row, dict):
+        raise ValueError("not an object")
+    value = row.get(key)
+    if not isinstance(value, str):
+        raise ValueError(f"no {key}" if value is None else f"{key} is not a text")
+    if not value.strip():
+        raise ValueError(f"empty {key}")
+    value.encode()          # half a surrogate pair, which no tokenizer takes, is a ValueError
+    return value
+
+
+def read_rows(files, read, example):
+    """[value] that `read` keeps of the rows of `files`; prints one line for a file with faults.
+
+    `read(i, row)`, i from 0 over all rows, returns (key, value, fault): what no two rows share,
+    what is kept (None: nothing), what is reported ("": nothing). It raises ValueError for a row
+    that it does not understand. Where a file has no other, that ends in ValueError with `example`.
+    """
+    kept, first, start = [], {}, 0
+    for file in files:
+        rows, faults, understood, before = load(file), [], 0, len(kept)
+        for i, (place, row) in enumerate(rows, start):
+            try:
+                row = json.loads(row.decode()) if isinstance(row, bytes) else row
+                key, value, fault = read(i, row)
+                if key in first:
+                    raise ValueError(f"a duplicate of {first[key]}")
+                understood += 1
+                if value is not None:
+                    first[key] = f"{place} of {file.name}"
+                    kept.append(value)
+                    fault = fault and f"{fault}, kept"
+            except (ValueError, RecursionError) as error:
+                fault = f"bad JSON, {error.msg}" if hasattr(error, "msg") else str(error)
+            faults += [f"{place}: {fault}"] if fault else []
+        start += len(rows)
+        if not understood:
+            raise ValueError(f"{file}: {faults[0] if faults else 'no rows'}; and no other row is "
+                             f"understood. One looks like this: {example}")
+        if faults:
+            more = [f"and {len(faults) - 5} more"] if len(faults) > 5 else []
+            print(f"{file}: {len(rows) - len(kept) + before} of {len(rows)} rows left out:",
+                  "; ".join(faults[:5] + more))
+    return kept
 
 
 class ReadTask:
-    """A task whose `rows(split)` gives {id: (question, gold)}. Its interface is that of every task (data/arithmetic.py)."""
+    """A task whose `rows(split)` gives {id: (question, gold or None)}; see data/arithmetic.py."""
 
     def questions(self, split):
         """[{"id", "question"}] of the split, "train" or "test". Without answers."""
-        return [{"id": id_, "question": question} for id_, (question, _) in self.rows(split).items()]
+        return [{"id": id_, "question": row[0]} for id_, row in self.rows(split).items()]
 
     def gold(self, split):
-        """{id: answer as text}. For evaluation and diagnostics only: nothing that trains may call it."""
-        return {id_: answer for id_, (_, answer) in self.rows(split).items()}
+        """{id: answer as text} of the rows with one. For evaluation and diagnostics only: nothing
+        that trains may call it."""
+        return {id_: gold for id_, (_, gold) in self.rows(split).items() if gold is not None}
 
     def prompt(self, question):
         """The user's message that asks a model the question."""
-        return f"{question}\n\n{self.instruction}"
+        return f"{question}\n\n{self.instruction}".rstrip()
 
     def equal(self, answer, other):
         """Are two extracted answers the same? None equals nothing."""
         return answer is not None and answer == other
+
+
+def show(Task):
+    """`python data/<task>.py [DATA]`: the splits' sizes; a question, its prompt and its gold."""
+    try:
+        task = Task(data="".join(sys.argv[1:2]))
+        rows = {split: task.rows(split) for split in ("train", "test")}
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit(str(error))
+    sizes = ", ".join(f"{len(rows[split])} questions in {split}" for split in rows)
+    print(f"{task.name}: {sizes}, from {task.source()}")
+    for id_, (question, gold) in [*rows["train"].items(), *rows["test"].items()][:1]:
+        print(f"\n{id_}: {question}\n\nprompt: {task.prompt(question)}\n\ngold: {gold}")

@@ -14,13 +14,36 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from email.utils import parsedate_to_datetime
 
 import httpx2
-from huggingface_hub import InferenceClient
+from huggingface_hub import InferenceClient, constants
 from huggingface_hub.errors import HfHubHTTPError, InferenceTimeoutError, OfflineModeIsEnabled
 
 from nanodistill import run
 
 FATAL = {401: "the server wants a key: set OPENAI_API_KEY", 403: "the key in OPENAI_API_KEY may not use this model",
          404: "there is no such address or model: look at --teacher-url (it usually ends in /v1) and --teacher-model"}
+
+
+def problems(url, model, key, timeout=10.0):
+    """What is wrong with the server's address or model, as a list of messages; [] if it answers.
+
+    Asks for its list of models, which is free; a server without one (404, 405, 501) is taken as it is.
+    """
+    if constants.HF_HUB_OFFLINE:                                 # huggingface_hub keeps every address to itself then
+        return ["HF_HUB_OFFLINE is set, which forbids asking the teacher's server too: unset it"]
+    try:
+        answer = httpx2.get(url.rstrip("/") + "/models", timeout=timeout, follow_redirects=True,
+                            headers={"Authorization": f"Bearer {key}"} if key else {})
+        names = [entry["id"] for entry in answer.json()["data"]] if answer.is_success else []
+    except (httpx2.TransportError, httpx2.InvalidURL) as error:
+        return [f"--teacher-url {url}: nobody answers there ({error or type(error).__name__})"]
+    except (ValueError, KeyError, TypeError):
+        return [f"--teacher-url {url}: what answers there is no OpenAI-compatible server (its "
+                "address usually ends in /v1)"]
+    if answer.status_code in (401, 403):
+        return [f"--teacher-url {url} answered {answer.status_code}: {FATAL[answer.status_code]}"]
+    if names and model not in names:
+        return [f"--teacher-model {model}: the server at {url} has {', '.join(map(str, names[:5]))}"]
+    return []
 
 
 class Stopped(Exception):
@@ -78,7 +101,8 @@ def generate(url, model, key, prompts, temperatures, max_new_tokens, journal, co
     for (id_, j), row in have.items():
         yield id_, j, row["text"], row["ended"], 0
     append = run.Appender(journal)
-    client = InferenceClient(base_url=url, api_key=key or None, timeout=timeout)
+    # Without a key of its own the client would send the user's Hugging Face token, which is nobody's but the hub's.
+    client = InferenceClient(base_url=url, api_key=key or "EMPTY", timeout=timeout)
     stopping, one_at_a_time = threading.Event(), threading.Event()
 
     def work(id_, places):

@@ -12,6 +12,7 @@ With --teacher-url the teacher is whatever model an OpenAI-compatible server ser
 """
 
 import json
+import math
 import os
 import sys
 import time
@@ -19,26 +20,43 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import TASKS, server
-from nanodistill import fit, run, vote, weights
+from data import ready, server, task_of
+from nanodistill import run, settings, vote, weights
 from nanodistill.generate import generate
+from nanodistill.settings import Common, flag
 from nanodistill.tokenizer import Tokenizer
 
 
 @dataclass
-class Config(run.Common):
-    samples: int = run.flag(10, "responses a question")
-    temperatures: str = run.flag("0.7,0.8,0.9,1.0,1.1", "sampling temperatures, taken in turn by a question's samples")
-    min_agreement: float = run.flag(0.3, "a question whose winning answer has a smaller share of the samples is dropped")
-    max_new_tokens: int = run.flag(512, "a response is cut off here")
-    slots: int = run.flag(64, "sequences sampled at once, by a teacher in this process")
-    concurrency: int = run.flag(32, "requests under way at once, to a teacher behind a server")
+class Config(Common):
+    samples: int = flag(None, "responses per question", least=1)
+    temperatures: str = flag("0.7,0.8,0.9,1.0,1.1", "sampling temperatures, taken in turn by a "
+                             "question's samples")
+    min_agreement: float = flag(None, "a question whose winning answer has a smaller share of the "
+                                "samples is dropped", least=0, most=1)
+    concurrency: int = flag(32, "requests under way at once, to a teacher behind a server",
+                            least=1, result=False)
+
+    def problems(self, given):
+        rules = [(self.concurrency and "concurrency" in given and not self.teacher_url,
+                  "--concurrency does nothing without --teacher-url")]
+        try:
+            good = all(0 <= t < math.inf for t in read_temperatures(self.temperatures))
+        except ValueError:
+            good = False
+        rules.append((not good, f"--temperatures {self.temperatures}: wants numbers of at least 0 "
+                      "with commas between them, such as 0.7,1.0"))
+        return [message for wrong, message in rules if wrong]
 
 
-TINY = dict(min_agreement=0.4, max_new_tokens=56, slots=256)
+STAGES = {"teacher": Config}
+
+
+def read_temperatures(text):
+    """ "0.7,1.0" -> [0.7, 1.0]. Raises ValueError."""
+    return [float(t) for t in text.split(",")]
 
 
 def local(model, tokenizer, task, max_new_tokens, slots):
@@ -60,12 +78,15 @@ def collect(path, questions, task, sampler, temperatures, description):
     """
     rows = {row["id"]: row for row in run.read_jsonl(path)}
     if any([r["temperature"] for r in row["responses"]] != temperatures for row in rows.values()):
-        sys.exit(f"{path} was sampled with other --samples or --temperatures. Give the same ones, another --out, or delete it.")
+        sys.exit(f"{path} was sampled with other --samples or --temperatures. Give the same ones, "
+                 "another --out, or delete it.")
     todo = {q["id"]: q for q in questions if q["id"] not in rows}
     append, waiting, spent, begun = run.Appender(path), {}, 0, time.time()
     # The stream depends on what is there, so a resumed run does not repeat the noise of the first questions on the next.
     samples = sampler(list(todo.values()), temperatures, torch.initial_seed() + len(rows))
-    with run.interruptible() as stop, tqdm(total=len(questions), initial=len(questions) - len(todo), desc=description, unit="q") as bar:
+    bar = run.Bar(total=len(questions), initial=len(questions) - len(todo), desc=description,
+                  unit="q")
+    with run.interruptible() as stop, bar:
         for id_, j, text, ended, tokens in samples:
             waiting.setdefault(id_, {})[j] = {"text": text, "temperature": temperatures[j], "ended": ended,
                                               "answer": task.extract_answer(text, todo[id_]["question"]) if ended else None}
@@ -95,32 +116,42 @@ def label(rows, folder, min_agreement):
 
 
 def main(argv=None):
-    config = run.parse(Config, __doc__, TINY, argv)
+    configs = settings.parse("teacher", STAGES, __doc__, argv)
+    config = configs["teacher"]
     if config.dry_run:
-        return print(fit.report("teacher", config))
-    folder, device, dtype = run.start(config, "teacher")
-    task = TASKS[config.task](config.seed, config.data)
+        return print(ready.dry_run("teacher", configs))
+    ready.check("teacher", configs)
+    folder, device, dtype = run.start(configs, "teacher")
+    task = task_of(config)
     questions = task.questions("train")[:config.questions or None]
     metrics = run.Metrics(folder, "teacher")
-    temperatures = [float(t) for t in config.temperatures.split(",")]
+    temperatures = read_temperatures(config.temperatures)
     temperatures = [temperatures[j % len(temperatures)] for j in range(config.samples)]
     if config.teacher_url:
         def sampler(questions, temperatures, seed):
-            return server.generate(config.teacher_url, config.teacher_model, os.environ.get("OPENAI_API_KEY", ""),
-                                   {q["id"]: task.prompt(q["question"]) for q in questions}, temperatures, config.max_new_tokens,
-                                   folder / "teacher.part.jsonl", config.concurrency, seed=seed)
+            prompts = {q["id"]: task.prompt(q["question"]) for q in questions}
+            return server.generate(
+                config.teacher_url, config.teacher_model, os.environ.get("OPENAI_API_KEY", ""),
+                prompts, temperatures, config.max_new_tokens, folder / "teacher.part.jsonl",
+                config.concurrency, seed=seed)
     else:
         source = weights.resolve(config.teacher, "teacher", config.teacher_revision)
-        sampler = local(weights.load(source, device=device, dtype=dtype), Tokenizer(source), task, config.max_new_tokens, config.slots)
+        tokenizer = Tokenizer(source)
+        longest = max(len(tokenizer.prompt_ids(task.prompt(q["question"]))) for q in questions)
+        slots = run.fitted("teacher", config, weights.load_config(source), dtype, device, longest,
+                           config.max_new_tokens, jobs=len(questions) * config.samples).slots
+        sampler = local(weights.load(source, device=device, dtype=dtype), tokenizer, task,
+                        config.max_new_tokens, slots)
     rows = collect(folder / "teacher.jsonl", questions, task, sampler, temperatures, "teacher")
     (folder / "teacher.part.jsonl").unlink(missing_ok=True)
 
     votes = label(rows, folder, config.min_agreement)
     measured = vote.summary(votes)
     metrics(len(questions), **measured, seconds=metrics.seconds())
-    print(f"teacher: {len(questions)} questions, {config.samples} samples each; vote kept {measured['kept']:.1%} of them, "
-          f"mean agreement {measured['agreement']:.1%} -> {folder / 'labels.jsonl'}")
+    print(f"teacher: {len(questions)} questions, {config.samples} samples each; vote kept "
+          f"{measured['kept']:.1%} of them, mean agreement {measured['agreement']:.1%} "
+          f"-> {folder / 'labels.jsonl'}")
 
 
 if __name__ == "__main__":
-    main()
+    run.guard(main)

@@ -1,142 +1,603 @@
-"""Will it fit? The memory of a stage by part, from the model's config alone: no weights, no card.
+"""Will it fit, and what will it take? Memory, tokens, FLOPs and hours of a stage, from its shapes.
 
-Weights, gradients and optimizer state are counted. Activations are measured: the model's own forward and backward pass runs on fake tensors
-(`FakeTensorMode`), which have a shape but no memory, and the bytes alive at its highest point are added up. The fake tensors lie on the CPU whatever the
-device (a CPU build of PyTorch has no autograd for fake CUDA tensors); what is saved for backward is as on CUDA. What the allocator, kernels and CUDA itself
-take besides is not in it, nor the packed weights of sampling in bf16 on CPU.
+    plan      memory by part                     choose    the fastest settings that fit
+    cost      tokens, FLOPs; hours on a card     report    the text of --dry-run
+
+Weights, gradients and optimizer state are counted. The rest is measured: the model's own forward
+and backward pass, prefill and decode step run on meta tensors, which have a shape and no memory,
+and the bytes alive are added up. In each phase of a pass the most is linear in the layers, so that
+models of two and of three layers stand for all. Not counted: CUDA's context, kernels' scratch, and
+what the allocator loses at the ends of its blocks (2% at 135m); SPARE is for them.
+
+`python -m nanodistill.fit` prints the README's table "What fits which card".
 """
 
+import bisect
+import dataclasses
+import functools
+import itertools
+import math
+import os
+import textwrap
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from nanodistill.losses import linear_logprobs
-from nanodistill.model import CausalLM, Config, KVCache, ScalarModel
-from nanodistill.weights import PRESETS, TINY, load_config
+from nanodistill import generate, losses, weights
+from nanodistill.model import CausalLM, Config, KVCache, Packed, ScalarModel
+from nanodistill.presets import SIZES
 
 BYTES = {torch.float32: 4, torch.bfloat16: 2}
-CARDS = (24, 48, 80)                                            # GB of the usual ones; a tenth is left for the allocator and CUDA
-PROMPT = 256                                                    # tokens of a long prompt; GSM8K's stay below
-ROPE = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-LLAMA = dict(rope_theta=500000.0, rope_scaling=ROPE, max_position_embeddings=131072)
-SHAPES = {                                                      # from the presets' config.json files on the hub, so that no download is needed
-    "135m": Config(49152, 576, 1536, 30, 9, 3, 64, rope_theta=100000.0, max_position_embeddings=8192, tie_word_embeddings=True),
-    "0.5b": Config(151936, 896, 4864, 24, 14, 2, 64, rope_theta=1e6, max_position_embeddings=32768, tie_word_embeddings=True, model_type="qwen2"),
-    "1b": Config(128256, 2048, 8192, 16, 32, 8, 64, tie_word_embeddings=True, **LLAMA),
-    "3b": Config(128256, 3072, 8192, 28, 24, 8, 128, tie_word_embeddings=True, **LLAMA),
-    "8b": Config(128256, 4096, 14336, 32, 32, 8, 128, **{**LLAMA, "rope_scaling": {**ROPE, "factor": 8.0}})}
+SPARE = 0.1         # of what is free is not planned with: see "Not counted" above
+CUBLAS = 2**25      # bytes that cuBLAS takes for each thread that calls it, on Hopper; less before
+SCORED = 16         # sequences that eval.py scores at once
+LEARN = ("sft", "rm", "rl")
+LOADED = {"teacher": "sampled", "sft": "trained", "rm": "sampled, then trained with a scalar head",
+          "rl": "as policy, reference, reward and value model", "eval": "sampled one at a time"}
+# {task: tokens of a long prompt, of the mean one}, by SmolLM2's tokenizer (arithmetic: tiny's). Of
+# GSM8K's 8,792 prompts 1 is longer than the long one, of MMLU-Pro's 12,031 there are 5.
+PROMPTS = {"arithmetic": (96, 31), "gsm8k": (256, 123), "mmlu_pro": (1280, 255)}
+# Assumptions, measured nowhere. FIXED: tokens of a pass whose arithmetic takes as long as what each
+# pass takes whatever its size. A response is half of --max-new-tokens. GOOD: share of the teacher's
+# responses that SFT trains on. PRODUCTS, BANDWIDTH: reached share of a card's peak.
+FIXED = {"cuda": 2048, "mps": 2048, "cpu": 100}
+GOOD, PRODUCTS, BANDWIDTH = 0.5, 0.4, 0.6
 
 
-class PeakBytes(TorchDispatchMode):
-    """Bytes of the tensors made inside and still alive, `now`, and their highest count, `peak`."""
+@dataclass(frozen=True)
+class Card:
+    name: str
+    gb: int
+    flops: float                # a second, dense bf16 products with fp32 sums
+    bandwidth: float            # bytes a second
 
-    def __init__(self):
+
+# NVIDIA's data sheets; for the 4090 the white paper of the Ada architecture.
+CARDS = (Card("RTX 4090", 24, 165e12, 1.01e12), Card("L40S", 48, 362e12, 0.864e12),
+         Card("A100 80GB", 80, 312e12, 2.04e12), Card("H100 SXM", 80, 989e12, 3.35e12),
+         Card("H200", 141, 989e12, 4.8e12))
+GBS = sorted({card.gb for card in CARDS})
+USED = 1e9 * (1 - SPARE)        # of a card's GB, bytes that are planned with
+
+
+# ---- measuring on meta tensors ----
+
+class On(TorchFunctionMode):
+    """Inside, meta tensors say that they lie on `device`, and its kernels are those that run."""
+    IS_CPU, IS_CUDA = torch.Tensor.is_cpu.__get__, torch.Tensor.is_cuda.__get__
+
+    def __init__(self, device):
         super().__init__()
-        self.now, self.peak, self.known = 0, 0, set()
+        self.device = device
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function == self.IS_CPU or function == self.IS_CUDA:
+            return self.device == ("cpu" if function == self.IS_CPU else "cuda")
+        if function is F.rms_norm and self.device == "cuda":
+            # CUDA has one kernel for it, which keeps for backward what layer_norm's does.
+            return F.layer_norm(*args, kwargs["weight"], None, kwargs["eps"])
+        if function is F.scaled_dot_product_attention and self.device != "mps":
+            # Flash attention keeps no (T, T) weights. CUDA has none for fp32 and grouped queries.
+            (q, k, _), flash = args, "_scaled_dot_product_flash_attention"
+            if self.device == "cpu":
+                return getattr(torch.ops.aten, flash + "_for_cpu")(*args, 0.0, True)[0]
+            if q.dtype == torch.bfloat16 or q.shape[1] == k.shape[1]:
+                return getattr(torch.ops.aten, flash)(*args, 0.0, True)[0]
+        return function(*args, **kwargs)
+
+    def around(self, function):
+        """`function`, run in this mode wherever it is called from."""
+        def run(*args):
+            with self:
+                return function(*args)
+        return run
+
+
+class Peak(TorchDispatchMode):
+    """Bytes of the tensors that are made inside and alive, `now`, and the most of each phase."""
+
+    def __init__(self, model):
+        super().__init__()
+        # A view of a weight is no new memory.
+        self.alive = {p.untyped_storage()._cdata: None for p in model.parameters()}
+        self.now, self.phase, self.peaks = 0, "", {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.known:
-                    self.known.add(storage._cdata)
-                    self.now += storage.nbytes()
-                    self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.alive:
+                storage = x.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                self.alive[key] = weakref.ref(storage, lambda _, k=key, n=size: self.free(k, n))
+                self.now += size
+        # Autograd adds two gradients in place. Under a mode it makes a third, for that moment.
+        if torch.is_grad_enabled() or function != torch.ops.aten.add.Tensor:
+            self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), self.now)
         return result
 
+    def start(self, phase):
+        self.phase = phase
+
     def free(self, key, size):
-        self.known.discard(key)
+        del self.alive[key]
         self.now -= size
 
 
+def key(config, layers):
+    """A Config with this many layers and without tables of angles, as something that hashes."""
+    return dataclasses.astuple(dataclasses.replace(
+        config, num_hidden_layers=layers, max_position_embeddings=1, rope_scaling=None))
+
+
+def most(peaks, config, *args):
+    """The most bytes of the phases that `peaks(shape, *args)` measures, with all of the layers."""
+    two, three = (peaks(key(config, layers), *args) for layers in (2, 3))
+    return max(two[p] + (three[p] - two[p]) * (config.num_hidden_layers - 2) for p in two)
+
+
+def on_meta(kind, shape, sequences, length):
+    """A model of this shape, and packed sequences of `length` tokens."""
+    with torch.device("meta"):
+        positions = torch.arange(length).repeat(sequences)
+        places = torch.arange(sequences * length)
+        return kind(Config(*shape)), Packed(places, positions, places, [length] * sequences)
+
+
+@functools.cache
+def pass_peaks(shape, head, dtype, sequences, length, seen, checkpoint, again, device):
+    """{phase: bytes} beyond the weights of a forward and backward pass, gradients counted.
+
+    Args:
+        head: "cross_entropy" or "logprobs" of the fused losses, or "scalar", of the last `seen`
+            tokens of each sequence; or "scores", whose pass has no gradients.
+        again: the pass adds to gradients that are there.
+    """
+    def compiled(kernel, logits, *args):       # makes nothing as large as the logits
+        small = logits.numel() < losses.WORTH_COMPILING
+        return kernel(logits, *args) if small else logits.new_empty(2, len(logits)).float()
+    kind = ScalarModel if head in ("scalar", "scores") else CausalLM
+    model, packed = on_meta(kind, shape, sequences, length)
+    model.to(dtype if head == "scores" else torch.float32)
+    model.model.dtype, model.model.checkpoint = dtype, checkpoint
+    for layer in model.model.layers:           # backward leaves the mode, and may run them again
+        layer.forward = On(device).around(layer.forward)
+    chunks = losses._chunks
+    def two(*args):                            # all further ones lie in the same memory
+        return itertools.islice(chunks(*args), 2)
+    with (On(device), Peak(model) as memory, torch.set_grad_enabled(head != "scores"),
+          mock.patch.object(losses, "_run", compiled), mock.patch.object(losses, "_chunks", two)):
+        def embedded(_, __, x):
+            if x.requires_grad:
+                x.register_hook(lambda _: memory.start("embedding"))
+        model.model.embed_tokens.register_forward_hook(embedded)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p) if again else None
+        hidden = model.model(packed)
+        if head != "scores":
+            hidden.register_hook(lambda _: memory.start("layers"))
+        hidden = hidden.index_select(0, packed.tail([seen] * sequences))
+        targets = packed.ids.new_zeros(len(hidden))
+        if kind is ScalarModel:
+            loss = model.score(hidden).float().sum()
+        elif head == "logprobs":
+            loss = losses.linear_logprobs(hidden, model.head, targets)[0].sum()
+        else:
+            loss = losses.linear_cross_entropy(hidden, model.head, targets, 1, None)
+        del hidden
+        if head != "scores":
+            loss.backward()
+        return memory.peaks
+
+
+@functools.cache
+def sampling_peaks(shape, dtype, slots, prompt, response, device):
+    """{phase: bytes} beyond the weights of `generate`: KV cache, state, prefill, decode step."""
+    prompts = min(slots, max(generate.PREFILL[device] // prompt, 1))
+    model, packed = on_meta(CausalLM, shape, prompts, prompt)
+    model = model.to(dtype).requires_grad_(False)
+    with On(device), Peak(model) as memory, torch.inference_mode(), torch.device("meta"):
+        whole, real = torch.zeros(slots, dtype=torch.long), torch.zeros(slots)
+        state = {name: whole.clone() for name in ("stream", "last", "position", "count")} | {
+            "tokens": whole[:, None].repeat(1, response), "temperature": real, "done": whole.bool(),
+            "logprobs": real[:, None].repeat(1, response)}
+        cache = KVCache(model.config, slots, prompt + response, "meta", dtype)
+        fresh = KVCache(model.config, prompts, prompt, "meta", dtype)
+        memory.start("prefill")
+        logits = model.lm_head(model.model(packed, fresh)[:prompts])
+        memory.start("copy")
+        cache.copy_rows(fresh, whole, whole)
+        memory.start("first token")
+        generate.choose_by_rows(logits[whole], real, real)
+        del fresh, logits
+        memory.start("decode")
+        generate.decode_step(model, cache, state, whole[:1], response)
+        return memory.peaks
+
+
+# ---- the plan ----
+
+@functools.cache
+def count(kind, shape):
+    with torch.device("meta"):
+        return sum(p.numel() for p in kind(Config(*shape)).parameters())
+
+
 def parameters(config, kind=CausalLM):
-    with torch.device("meta"):
-        return sum(p.numel() for p in kind(config).parameters())
+    """A tied head counts once."""
+    return count(kind, key(config, config.num_hidden_layers))
 
 
-def training_bytes(config, kind, dtype, sequences, length, response, checkpoint=False):
-    """The most bytes that one forward and backward pass of `sequences` sequences of `length` tokens keeps alive beyond weights, gradients included.
+def plan(stage, shape, dtype, *, batch, micro_batch, slots, prompt, response, checkpoint=False,
+         device="cuda"):
+    """{part: bytes} of a stage, "peak" the most at one time. Trained weights are fp32.
 
-    The head is computed for the `response` last tokens of each. fp32 weights, arithmetic in `dtype`.
+    Args:
+        stage: "teacher", "sft", "rm", "rl" or "eval".
+        dtype: of the arithmetic and of frozen weights.
+        batch: sequences an optimizer step accumulates over; for "eval" micro_batch of them are
+            scored at once.
+        prompt, response: tokens of the longest of each.
+        device: "cuda", "mps" or "cpu".
     """
-    with torch.device("meta"):
-        model = kind(config)
-    def compiled(kernel, logits, *args):                                                    # as compiled, a kernel makes nothing as large as the logits
-        return torch.empty(2, len(logits))
-    def fused(q, k, v):                                                                     # bf16 on CPU keeps the attention's weights, CUDA does not
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-    with (FakeTensorMode(allow_non_fake_inputs=True), mock.patch("nanodistill.losses._run", compiled), mock.patch("nanodistill.model.causal_attention", fused)):
-        model = model.to_empty(device="cpu").train()
-        model.model.dtype, model.model.checkpoint = dtype, checkpoint
-        ids = torch.zeros(sequences, length, dtype=torch.long)
-        with PeakBytes() as memory:
-            memory.known.update(p.untyped_storage()._cdata for p in model.parameters())     # a view of a weight is no new memory
-            hidden = model.model(ids)
-            if kind is CausalLM:
-                logprobs, _ = linear_logprobs(hidden.narrow(1, length - response, response).flatten(0, 1), model.head, ids.narrow(1, length - response, response).flatten())
-                logprobs.sum().backward()
-            else:
-                model.score(hidden).float().sum().backward()
-        return memory.peak
-
-
-def cache_bytes(config, slots, length, dtype):
-    """Bytes of the KV cache of `slots` sequences of `length` tokens."""
-    cache = KVCache(config, slots, length, "meta", dtype)
-    return cache.k.nbytes + cache.v.nbytes
-
-
-def plan(stage, config, dtype, micro_batch, slots, prompt, response, checkpoint=False):
-    """{part: bytes} of a stage, "peak" the most at one time. `prompt` and `response`: tokens of the longest of each.
-
-    stage: "teacher", "sft", "rm", "rl" or "eval". Trained weights are fp32 with an fp32 gradient and AdamW's two fp32 moments; frozen ones are `dtype`.
-    """
-    count, length, size = parameters(config), prompt + response, BYTES[dtype]
-    kinds = {"sft": [CausalLM], "rm": [ScalarModel], "rl": [CausalLM, ScalarModel]}.get(stage, [])
-    trained, frozen = len(kinds), {"teacher": 1, "eval": 1, "rl": 2}.get(stage, 0)
-    parts = {"weights": count * (4 * trained + size * frozen), "gradients": 4 * count * trained, "optimizer": 8 * count * trained}
-    parts["activations"] = max((training_bytes(config, kind, dtype, micro_batch, length, response, checkpoint) - 4 * count for kind in kinds), default=0)
-    parts["KV cache"] = cache_bytes(config, slots, length, dtype) if stage in ("teacher", "rl", "eval") else 0
-    parts["sampler's copy"] = size * count if stage == "rl" and dtype != torch.float32 else 0          # of the policy, in the dtype it computes in
-    # Sampling and learning take turns: there are no gradients while the cache is there.
-    parts["peak"] = max(sum(parts[k] for k in ("weights", "optimizer", "KV cache", "sampler's copy")), sum(parts[k] for k in ("weights", "gradients", "optimizer", "activations")))
+    length, size = prompt + response, BYTES[dtype]
+    cuda, cpu, bf16 = device == "cuda", device == "cpu", dtype == torch.bfloat16
+    causal, scalar = parameters(shape), parameters(shape, ScalarModel)
+    # (parameters, head, tokens of a sequence, those that the head sees) of what is trained.
+    trained = {"sft": [(causal, "cross_entropy", length - 1, response)],
+               "rm": [(scalar, "scalar", length, response + 1)],
+               "rl": [(causal, "logprobs", length - 1, response),
+                      (scalar, "scalar", length - 1, response)]}.get(stage, [])
+    frozen = {"teacher": [causal], "eval": [causal], "rl": [causal, scalar]}.get(stage, [])
+    learned = sum(n for n, *_ in trained)
+    angles = 4 * shape.max_position_embeddings * shape.head_dim * (len(trained) + len(frozen))
+    parts = {"weights": 4 * learned + size * sum(frozen) + angles,
+             "best weights": 4 * learned if cpu and stage in ("sft", "rm") else 0,
+             "optimizer": 8 * learned, "gradients": 4 * learned, "activations": 0,
+             "sampler's weights": 0, "KV cache": 0, "sampling": 0}
+    held = parts["weights"] + parts["best weights"] + parts["optimizer"]
+    if trained:
+        # Where gradients are added to, those of all models are there; else the value model's are
+        # made while the policy's are there. Held-out scoring makes none, and takes less.
+        again = micro_batch < batch
+        passes = [most(pass_peaks, shape, head, dtype, min(micro_batch, batch), tokens, seen,
+                       checkpoint, again, device) for _, head, tokens, seen in trained]
+        beside = [learned - n if again else i * causal for i, (n, *_) in enumerate(trained)]
+        parts["activations"] = 2 * CUBLAS * cuda - parts["gradients"] + max(
+            own + 4 * n for own, n in zip(passes, beside))
+    elif stage == "eval":
+        parts["activations"] = CUBLAS * cuda + most(
+            pass_peaks, shape, "scores", dtype, micro_batch, length, 1, False, False, device)
+    if stage != "sft":
+        # rm samples the SFT student before its own weights are there. In bf16 on CPU `generate`
+        # packs the matrices anew, of which an untied embedding is none.
+        embedding = shape.vocab_size * shape.hidden_size * (not shape.tie_word_embeddings)
+        parts["sampler's weights"] = size * (causal * (stage == "rm" or stage == "rl" and bf16)
+                                             + (causal - embedding) * (cpu and bf16))
+        cache = KVCache(shape, slots, length, "meta", dtype)
+        parts["KV cache"] = cache.k.nbytes + cache.v.nbytes
+        parts["sampling"] = CUBLAS * cuda - parts["KV cache"] + most(
+            sampling_peaks, shape, dtype, slots, prompt, response, device)
+    sampler = parts["sampler's weights"] + parts["KV cache"] + parts["sampling"]
+    parts["peak"] = max(held + parts["gradients"] + parts["activations"],
+                        sampler + held * (stage != "rm"))
     return parts
 
 
+# ---- what is free, and what fits it ----
+
+def free_memory(root=Path("/")):
+    """Bytes of main memory that are free, within what the process's control groups allow."""
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        free = 1024 * next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:                                              # no Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for _, controllers, path in (line.split(":", 2) for line in groups):
+        first = controllers == "memory"                          # of version 1; "" is version 2
+        top = root / "sys/fs/cgroup" / controllers
+        limit, used, cache = (("memory.limit_in_bytes", "memory.usage_in_bytes",
+                               "total_inactive_file") if first else
+                              ("memory.max", "memory.current", "inactive_file"))
+        for group in (top / path.strip("/"), *(top / path.strip("/")).parents):
+            try:
+                stat = dict(x.split() for x in (group / "memory.stat").read_text().splitlines())
+                free = min(free, int((group / limit).read_text()) + int(stat[cache])
+                           - int((group / used).read_text()))
+            except (OSError, ValueError, KeyError):              # not here, or "max"
+                pass
+    return free
+
+
+def free_bytes(device):
+    """Bytes that a stage may take on `device` now: what is free, but for SPARE."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + unused
+    elif device.type == "mps":
+        free = torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    else:
+        free = free_memory()
+    return int(free * (1 - SPARE))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a stage takes, the bytes of its plan's peak, and a line that says it."""
+    slots: int
+    micro_batch: int
+    checkpoint: bool
+    peak: int
+    line: str
+
+
+def flags(stage, micro_batch, checkpoint, slots):
+    """The three settings as they are typed, those that the stage has."""
+    learn = f"--micro-batch {micro_batch} --{'' if checkpoint else 'no-'}checkpoint"
+    return " ".join([learn] * (stage in LEARN) + [f"--slots {slots}"] * (stage != "sft"))
+
+
+def choose(stage, shape, dtype, free, *, batch=0, prompt, response, jobs=0, device="cuda", slots=0,
+           micro_batch=0, checkpoint=None):
+    """The fastest settings whose plan takes at most `free` bytes; those given stay.
+
+    Args:
+        batch: sequences an optimizer step; micro_batch divides it where stage is "rl".
+        jobs: samples that will be drawn.
+    Raises:
+        ValueError: nothing fits; says what the least takes and what would fit.
+    """
+    batch = batch or SCORED
+    sizes = [batch >> k for k in range(batch.bit_length())]
+    if stage == "rl":
+        sizes = [b for b in range(batch, 0, -1) if batch % b == 0]
+    if micro_batch or stage not in LEARN:
+        sizes = [min(micro_batch or batch, batch)]
+    counts = [slots] if slots else [2**k for k in range(8, -1, -1) if k == 0 or 2**(k - 1) < jobs]
+    checkpoints = [False, True] if stage in LEARN and checkpoint is None else [bool(checkpoint)]
+
+    def peak(b, again, s, shape=shape, response=response):
+        return plan(stage, shape, dtype, batch=batch, micro_batch=b, slots=s, prompt=prompt,
+                    response=response, checkpoint=again, device=device)["peak"]
+
+    def seconds(b, again):
+        """Of a sequence, in units of its arithmetic's."""
+        return (4 / 3 if again else 1) * (1 + FIXED[device] / (b * (prompt + response)))
+
+    def largest(values, fits):
+        """The first of `values`, which fall, that fits; None if none does."""
+        i = 0 if fits(values[0]) else bisect.bisect_left(values, True, key=fits)
+        return values[i] if i < len(values) else None
+
+    best = None                                              # (seconds, micro-batch, checkpoint)
+    for again in checkpoints:
+        if best is None or seconds(sizes[0], again) < best[0]:
+            b = largest(sizes, lambda b: peak(b, again, counts[-1]) <= free)
+            best = min(filter(None, (best, b and (seconds(b, again), b, again))), default=None)
+    if best:
+        _, b, again = best
+        s = largest(counts, lambda s: peak(b, again, s) <= free)
+        most = peak(b, again, s)
+        return Choice(s, b, again, most, f"fitted to {free / 1e9:.1f} GB free: "
+                      f"{flags(stage, b, again, s)}, {most / 1e9:.1f} GB at most")
+
+    least = sizes[-1], checkpoints[-1], counts[-1]
+    need, role = peak(*least), "teacher" if stage == "teacher" else "student"
+    names = [n for n, size in SIZES.items() if (size.as_student or role == "teacher")
+             and parameters(size.shape) < parameters(shape)]
+    names.sort(key=lambda n: -parameters(SIZES[n].shape))
+    would = [
+        "what is chosen where --slots, --micro-batch and --checkpoint are not given" * (
+            peak(1 if stage in LEARN else batch, stage in LEARN, 1) <= free),
+        next((f"--{role} {n}" for n in names if peak(*least, SIZES[n].shape) <= free), ""),
+        next((f"--max-new-tokens {n}" for n in (256, 128, 64)
+              if n < response and peak(*least, response=n) <= free), ""),
+        f"{next((gb for gb in GBS if need <= gb * USED), int(need / USED) + 1)} GB of memory"]
+    raise ValueError(f"{stage} does not fit: {flags(stage, *least)} takes {need / 1e9:.1f} GB, and "
+                     f"{free / 1e9:.1f} GB are free on {device}.\n"
+                     f"What would fit: {', or '.join(filter(None, would))}.")
+
+
+# ---- what it costs ----
+
+@dataclass
+class Cost:
+    """Tokens and FLOPs of a stage."""
+    sampled: float = 0
+    read: float = 0                      # by a forward pass alone, prompts among them
+    trained: float = 0                   # by a forward and backward pass
+    flops: float = 0                     # of what is read and trained
+    decode_flops: float = 0
+    decode_bytes: float = 0              # read by decoding: the weights each step, the cache; bf16
+
+    def run(self, shape, sequences, prompt, response, times=2, head=0):
+        """Whole sequences through the layers, their responses through the head.
+
+        times, head: FLOPs a weight and token. 2 forward, 6 with backward; 8 where backward begins
+        with the forward pass again, as the layers' with checkpointing and linear_logprobs' does.
+        """
+        tokens = sequences * (prompt + response)
+        self.flops += times * tokens * (matrices(shape) + attended(shape) * (prompt + response) / 2)
+        self.flops += head * sequences * response * shape.vocab_size * shape.hidden_size
+        self.read += tokens * (times == 2)
+        self.trained += tokens * (times != 2)
+
+    def sample(self, shape, prompts, n, prompt, response, reach, slots):
+        """n samples of each prompt; a step attends to all `reach` positions of the cache."""
+        self.run(shape, prompts, prompt, 0)
+        tokens = prompts * n * response
+        numbers = matrices(shape) + shape.vocab_size * shape.hidden_size
+        cache = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * reach
+        self.sampled += tokens
+        self.decode_flops += 2 * tokens * (numbers + attended(shape) * reach)
+        self.decode_bytes += 2 * tokens * (numbers / min(slots, prompts * n) + cache)
+
+    def hours(self, card):
+        """A roofline: products at their share of the card's peak, decoding by the slower of its
+        products and its reads."""
+        products = PRODUCTS * card.flops
+        decode = max(self.decode_flops / products, self.decode_bytes / (BANDWIDTH * card.bandwidth))
+        return (self.flops / products + decode) / 3600
+
+
+def matrices(shape):
+    """Weights of the layers' matrices."""
+    heads = 2 * (shape.num_attention_heads + shape.num_key_value_heads) * shape.head_dim
+    return shape.num_hidden_layers * shape.hidden_size * (heads + 3 * shape.intermediate_size)
+
+
+def attended(shape):
+    """What attention multiplies for one token and one position that it sees, counted as weights."""
+    return 2 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim
+
+
+def cost(stage, settings, models, counts, slots=256, checkpoint=False):
+    """The Cost of a stage.
+
+    Args:
+        settings: {stage: config}. counts: {"train": questions, "test": questions}.
+        models: Configs of what the stage samples; all others have the last one's shape.
+    """
+    config, work, student = settings[stage], Cost(), models[-1]
+    long, prompt = PROMPTS[config.task]
+    response, times = config.max_new_tokens / 2, 8 if checkpoint else 6
+    samples, train, test = getattr(config, "samples", 0), counts["train"], counts["test"]
+    taught = getattr(settings.get("teacher"), "samples", 10)
+    sample = functools.partial(work.sample, prompt=prompt, response=response, slots=slots,
+                               reach=long + config.max_new_tokens)
+    run = functools.partial(work.run, student, prompt=prompt, response=response)
+    if stage == "teacher":
+        sample(student, train, samples)
+    elif stage == "sft":
+        run(config.epochs * train * taught * GOOD, times=times, head=6)
+    elif stage == "rm":
+        sample(student, train, samples)
+        run(config.epochs * train * (taught + samples), times=times)
+    elif stage == "rl":
+        prompts, drawn = config.steps * config.prompts, config.steps * config.prompts * samples
+        sample(student, prompts, samples)
+        for head in (2, 2, 0, 0):                    # policy, reference; value and reward model
+            run(drawn, head=head)
+        for head in (8, 0):                          # policy; value model
+            run(drawn * config.ppo_epochs, times=times, head=head)
+    else:
+        for model in models:
+            sample(model, test, 1 + samples)
+        run(len(models) * test * samples)            # the reward model
+    return work
+
+
+# ---- for people ----
+
 def shape(name, role, revision=""):
-    """The Config that a `--student` or `--teacher` value means; of a hub name only config.json is downloaded."""
-    if name in SHAPES:
-        return SHAPES[name]
-    folder = TINY / role if name == "tiny" else Path(name)
-    if not (folder / "config.json").exists():
-        from huggingface_hub import hf_hub_download
-        folder = Path(hf_hub_download(PRESETS.get(name, name), "config.json", revision=revision or None)).parent
-    return load_config(folder)
+    """The Config that --student or --teacher means; no weights are downloaded for it."""
+    if name in SIZES:
+        return SIZES[name].shape
+    return weights.load_config(weights.resolve(name, role, revision, weights=False))
 
 
-def report(stage, config):
-    """A stage's --dry-run as text: what would be loaded, the most tokens of a step, and the memory by part."""
-    role = "teacher" if stage == "teacher" else "student"
-    name = getattr(config, role)
-    model = shape(name, role, config.revision if role == "student" else config.teacher_revision)
-    dtype = torch.float32 if config.dtype == "fp32" or (config.dtype == "auto" and config.device == "cpu") else torch.bfloat16
-    response, slots = getattr(config, "max_new_tokens", 512), getattr(config, "slots", 0)
-    sequences = config.prompts * config.samples if stage == "rl" else config.batch_size if stage in ("sft", "rm") else slots
-    parts = plan(stage, model, dtype, getattr(config, "micro_batch", 0), slots, PROMPT, response, getattr(config, "checkpoint", False))
-    loaded = {"rl": "policy and value model trained, reference and reward model frozen", "sft": "trained", "rm": "its trunk and a scalar head, trained"}.get(stage, "frozen")
-    lines = [f"{stage} with {role} {name}: {parameters(model):,} parameters ({loaded}); arithmetic in {str(dtype).removeprefix('torch.')}",
-             f"tokens a step: at most {sequences} sequences x ({PROMPT} + {response}) = {sequences * (PROMPT + response):,}",
-             *(f"  {part:14} {size / 1e9:8.2f} GB" for part, size in parts.items())]
-    if stage in ("sft", "rl"):
-        lines.append(f"  ({8e-9 * config.micro_batch * response * model.vocab_size:.2f} GB of logits and their gradient are not there: the fused losses never form them)")
-    fits = [f"{card} GB" for card in CARDS if parts["peak"] < 0.9e9 * card]
-    lines.append(f"an estimate, not measured on a card; fits a card of {', '.join(fits)}" if fits else f"an estimate, not measured on a card; does not fit {CARDS[-1]} GB")
-    return "\n".join(lines)
+def named(stage, config):
+    """(name, role, revision) of each model that a stage samples; one behind a server is none."""
+    student = config.student, "student", config.revision
+    teacher = [(config.teacher, "teacher", config.teacher_revision)] * (not config.teacher_url)
+    if getattr(config, "models", ""):
+        return [(name, "models", "") for name in config.models.split(",")]
+    return {"teacher": teacher, "eval": teacher + [student] * 3}.get(stage, [student])
+
+
+def fitted(stage, config, model, counts, free, device):
+    """`choose` by a stage's config, for prompts of the task's usual lengths -> Choice, plan."""
+    fp32 = config.dtype == "fp32" or config.dtype == "auto" and device != "cuda"
+    where = dict(prompt=PROMPTS[config.task][0], response=config.max_new_tokens, device=device)
+    batch, samples = getattr(config, "batch_size", SCORED), getattr(config, "samples", 0)
+    jobs = samples * counts["test" if stage == "eval" else "train"]
+    if stage == "rl":
+        jobs = config.prompts * samples
+        batch = jobs // config.minibatches
+    args = stage, model, torch.float32 if fp32 else torch.bfloat16
+    choice = choose(*args, free, batch=batch, jobs=jobs, slots=config.slots, **where,
+                    micro_batch=getattr(config, "micro_batch", 0),
+                    checkpoint=getattr(config, "checkpoint", None))
+    return choice, plan(*args, batch=batch, micro_batch=choice.micro_batch, slots=choice.slots,
+                        checkpoint=choice.checkpoint, **where)
+
+
+def places(device):
+    """[(name, bytes that may be taken, device)]: this machine's, then cards by their memory."""
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    here = "mps" if here == "cpu" and torch.backends.mps.is_available() else here
+    asked = here if device == "auto" else device
+    own = [("here", free_bytes(asked), asked)] if asked in ("cpu", here) else []
+    return own + [(f"{gb} GB", int(gb * USED), "cuda") for gb in GBS]
+
+
+def report(settings, missing, counts):
+    """The text of --dry-run: what each stage takes of memory, what fits where, tokens and FLOPs;
+    then hours by stage and card.
+
+    Args:
+        settings: {stage: config}. missing: the stages that would run, in their order.
+        counts: {"train": questions, "test": questions}.
+    """
+    lines, hours = [], []
+    for stage in missing:
+        config, choices, memory = settings[stage], {}, ""
+        names = named(stage, config)
+        if not names:
+            lines.append(f"{stage}: {config.teacher_model}, behind a server: no memory here")
+            continue
+        models = [shape(*name) for name in names]
+        largest = max(models, key=parameters)
+        lines.append(f"{stage}: {', '.join(dict.fromkeys(name for name, *_ in names))}, at most "
+                     f"{parameters(largest):,} parameters; {LOADED[stage]}")
+        for place, free, device in places(config.device):
+            try:
+                choices[place], parts = fitted(stage, config, largest, counts, free, device)
+                lines.append(f"  {place:7} {choices[place].line}")
+                memory = memory or f"GB, {place}: " + ", ".join(
+                    f"{part} {size / 1e9:.2f}" for part, size in parts.items() if size)
+            except ValueError as error:
+                lines.append(f"  {place:7} {str(error).partition(', and ')[0]}")
+        lines += textwrap.wrap(memory, 98, initial_indent="  ", subsequent_indent="    ")
+        work = cost(stage, settings, models, counts)
+        lines.append(f"  M tokens: {work.sampled / 1e6:,.2f} sampled, {work.read / 1e6:,.2f} read, "
+                     f"{work.trained / 1e6:,.2f} trained on; without checkpointing "
+                     f"{(work.flops + work.decode_flops) / 1e15:,.3g} PFLOP")
+        fits = [(card, choices.get(f"{card.gb} GB")) for card in CARDS]
+        hours.append((stage, [cost(stage, settings, models, counts, c.slots, c.checkpoint)
+                              .hours(card) if c else math.nan for card, c in fits]))
+    hours.append(("total", [sum(column) for column in zip(*(row for _, row in hours))]))
+    prompt, width = PROMPTS[settings[missing[0]].task][1], 11
+    lines += ["", *textwrap.wrap(
+        f"Hours, an estimate from a roofline, not measured: {PRODUCTS:.0%} of a card's bf16 products "
+        f"a second, {BANDWIDTH:.0%} of its bandwidth; prompts of {prompt} tokens, responses half as "
+        f"long as --max-new-tokens, SFT on {GOOD:.0%} of the teacher's responses; held-out "
+        "evaluations are left out; nan: does not fit.", 100),
+        " " * 8 + "".join(f"{card.name:>{width}}" for card in CARDS)]
+    return "\n".join(lines + [f"{stage:8}" + "".join(f"{x:{width}.2g}" for x in row)
+                              for stage, row in hours])
+
+
+def table():
+    """README's "What fits which card" as markdown."""
+    def cell(name, stage, micro_batch):
+        peak = plan(stage, SIZES[name].shape, torch.bfloat16, batch=64, micro_batch=micro_batch,
+                    slots=64, prompt=256, response=512)["peak"]
+        return f"{peak / 1e9:.1f} ({next((gb for gb in GBS if peak <= gb * USED), 'none')})"
+    rows = [[name, cell(name, "teacher", 1)] + [f"{cell(name, stage, 8)} / {cell(name, stage, 1)}"
+                                                for stage in LEARN]
+            for name, size in SIZES.items() if size.as_student]
+    head = ["model", "sampling it as teacher", "SFT", "reward model", "PPO"]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * 5, *rows])
+
+
+if __name__ == "__main__":
+    print(table())

@@ -10,12 +10,14 @@ seed, its prompt's index and its own: neither slots nor batch mates change what 
 """
 
 import functools
+import sys
 from dataclasses import dataclass
 
 import torch
 from nanodistill.model import CausalLM, KVCache, pack
 
-PREFILL = {"cpu": 2**11, "cuda": 2**14}                           # prompt tokens at a time: more take memory and, where they leave the CPU's cache, time
+# Prompt tokens at a time: more take memory and, where they leave the CPU's cache, time.
+PREFILL = {"cpu": 2**11, "cuda": 2**14, "mps": 2**12}
 GOLDEN, MIX1, MIX2 = -7046029254386353131, -4658895280553007687, -7723592293110705685       # SplitMix64's constants, as signed numbers
 
 
@@ -150,7 +152,6 @@ def prefill_batches(jobs, prompts, most):
     return batches
 
 
-@torch.inference_mode()
 def generate(model, prompts, *, eos_ids, pad_id, max_new_tokens, n=1, temperature=1.0, slots=256, seed=0, compile=None):
     """Yield (prompt index, sample index, Sample) for n samples of each prompt, each as soon as it ends.
 
@@ -158,22 +159,44 @@ def generate(model, prompts, *, eos_ids, pad_id, max_new_tokens, n=1, temperatur
         prompts: list of lists of token ids, none empty.
         temperature: one number, or n of them, one for each sample of a prompt. 0 is greedy.
         slots: sequences in flight; the KV cache holds slots * (longest prompt + max_new_tokens) positions.
+            Where memory runs out, the samples that are left are drawn with half of them; no sample changes.
         seed: an int. The samples follow from it, whatever `slots`.
         compile: the decode step, by torch.compile, as CUDA graphs on CUDA; None: on CUDA.
     Raises:
         ValueError: a sequence could outgrow the model's positions.
+        torch.OutOfMemoryError: even one slot is too much.
     """
     temperatures = [temperature] * n if isinstance(temperature, (int, float)) else list(temperature)
     assert len(temperatures) == n, f"{n} samples of a prompt need {n} temperatures, got {len(temperatures)}"
-    queue = [(i, j) for i in range(len(prompts)) for j in range(n)]
-    if not queue:
+    left = dict.fromkeys((i, j) for i in range(len(prompts)) for j in range(n))
+    if not left:
         return
     longest = max(map(len, prompts))
     if longest + max_new_tokens > model.config.max_position_embeddings:
         raise ValueError(f"prompts of up to {longest} tokens and {max_new_tokens} new ones exceed the model's "
                          f"{model.config.max_position_embeddings} positions")
-    device, model = model.head.device, in_arithmetic_dtype(model)
-    dtype = model.head.dtype
+    model, slots = in_arithmetic_dtype(model), min(slots, len(left))
+    prefill = PREFILL[model.head.device.type]
+    while left:
+        try:
+            for i, j, sample in engine(model, prompts, list(left), n, temperatures, max_new_tokens, slots, prefill, eos_ids, pad_id, seed, compile):
+                del left[i, j]
+                yield i, j, sample
+            continue
+        except torch.OutOfMemoryError:
+            if slots == 1:
+                raise
+        # Not inside `except`, where the traceback still holds the engine's tensors.
+        slots, prefill = slots // 2, max(prefill // 2, 1)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        print(f"\nout of memory: the other {len(left)} samples are drawn with --slots {slots}", file=sys.stderr)
+
+
+@torch.inference_mode()
+def engine(model, prompts, queue, n, temperatures, max_new_tokens, slots, prefill, eos_ids, pad_id, seed, compile):
+    """`generate` of the samples in `queue`, a list of (prompt index, sample index) in the order of the prompts."""
+    device, dtype, longest = model.head.device, model.head.dtype, max(len(prompts[i]) for i, _ in queue)
     compile = device.type == "cuda" if compile is None else compile
     step = compiled_step(device.type) if compile else decode_step
     B, limit, any_greedy = min(slots, len(queue)), max_new_tokens, 0 in temperatures
@@ -238,7 +261,7 @@ def generate(model, prompts, *, eos_ids, pad_id, max_new_tokens, n=1, temperatur
             if queue and free and (len(free) >= B // 8 or len(free) >= len(queue)):  # an eighth at a time: prefills are worth batching
                 jobs, queue = queue[:len(free)], queue[len(free):]
                 again = [job for job in jobs if job[0] in held]
-                for batch in [again] * bool(again) + prefill_batches(jobs[len(again):], prompts, PREFILL[device.type]):
+                for batch in [again] * bool(again) + prefill_batches(jobs[len(again):], prompts, prefill):
                     rows, free = free[:len(batch)], free[len(batch):]
                     for b, job in zip(rows, batch):
                         owner[b], reach[b] = job, len(prompts[job[0]]) - steps

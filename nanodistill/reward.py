@@ -18,8 +18,11 @@ def score(model, rows):
 
 
 @torch.no_grad()
-def score_sequences(model, rows, batch_size=256):
-    """Scores of token-id lists (prompt + response), as a list of floats in their order. Batches hold sequences of like length."""
+def score_sequences(model, rows, batch_size=16):
+    """Scores of token-id lists (prompt + response), as floats in their order.
+
+    `batch_size` rows of like length at a time; no score depends on it.
+    """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     parts = [score(model, [rows[i] for i in order[start:start + batch_size]]) for start in range(0, len(rows), batch_size)]
     scores = dict(zip(order, torch.cat(parts).tolist() if parts else []))

@@ -1,15 +1,17 @@
-"""What every stage does around its own work: flags, run folder, JSONL, checkpoints, interrupts, devices, and calling the stage before.
+"""What every stage does around its own work: run folder, JSONL, checkpoints, signals, devices.
 
-A stage is a script with a dataclass of settings at its top. `parse` makes flags of it. All it reads and writes lies in one run folder:
+All that a stage reads and writes lies in one run folder:
 
-    teacher.jsonl  labels.jsonl  student.jsonl  metrics.jsonl     append-only; a torn last line is dropped and redone
-    sft/  rm/  rl/                                                HF folders, and resume.pt while a stage is under way
+    settings.json                         every stage's settings (settings.py)
+    teacher.jsonl  labels.jsonl           append-only; a torn last line is dropped and redone
+    student.jsonl  metrics.jsonl
+    sft/  rm/  rl/                        HF folders, and resume.pt while a stage is under way
     report.md  report.json  curves.png
 """
 
-import argparse
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -21,85 +23,142 @@ import time
 from pathlib import Path
 
 import torch
-from nanodistill.weights import write_atomic
+from tqdm import tqdm
+
+from nanodistill import fit, settings
 
 
-def flag(default, help, choices=None):
-    """A dataclass field that `parse` turns into a command-line flag."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def pick_device(name):
+    """The torch.device that `--device` means. Raises ValueError where there is none of its kind."""
+    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+              "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind in usable if usable[kind]))
+    if not usable[name]:
+        why = f"this PyTorch ({torch.__version__}) is not built for it" if name == "mps" or not \
+            torch.backends.cuda.is_built() else "PyTorch finds no card (look at nvidia-smi)"
+        raise ValueError(f"--device {name}: {why}. --device auto takes what is there")
+    return torch.device(name)
 
 
-@dataclasses.dataclass
-class Common:
-    """The flags of every stage, handed on to the stage before it. Each script's Config adds its own."""
-    student: str = flag("tiny", "the student's base: tiny, 135m, 0.5b, 1b, 3b, 8b, a hub name, or an HF folder")
-    revision: str = flag("", "branch, tag or commit of the student on the hub; empty = its main branch")
-    teacher: str = flag("tiny", "the teacher, named in the same way")
-    teacher_revision: str = flag("", "branch, tag or commit of the teacher on the hub")
-    teacher_url: str = flag("", "the teacher is behind this OpenAI-compatible server instead, such as http://host:8000/v1")
-    teacher_model: str = flag("", "its name on that server")
-    task: str = flag("arithmetic", "what is asked", ("arithmetic", "gsm8k", "mmlu_pro"))
-    data: str = flag("", "folder with the task's rows, <split>.jsonl or <split>*.parquet; empty = the hub")
-    questions: int = flag(0, "questions used of the stage's split; 0 = all")
-    seed: int = flag(1, "samples, order of the batches, and the embedded task's questions")
-    out: str = flag("", "run folder; empty = out/<task>-<student>")
-    device: str = flag("auto", "cuda, cpu or auto")
-    dtype: str = flag("auto", "of the arithmetic; trained weights stay fp32; auto = bf16 on CUDA, fp32 on CPU", ("auto", "bf16", "fp32"))
-    threads: int = flag(0, "CPU threads; 0 = PyTorch's choice")
-    dry_run: bool = flag(False, "say what would be loaded and what memory it takes, and stop; needs no weights")
+def pick_dtype(name, device):
+    """The dtype of the arithmetic that `--dtype` means on a device."""
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
-def parse(config_class, doc, tiny=None, argv=None):
-    """Command line -> config. `tiny`: other defaults for `--student tiny` on its own task. Unknown flags fail; every value is printed once."""
-    class Help(argparse.RawDescriptionHelpFormatter):
-        def _get_help_string(self, action):
-            small = (tiny or {}).get(action.dest)
-            return f"{action.help} (default: {action.default}{'' if small is None else f'; for the tiny student {small}'})"
+def start(configs, stage):
+    """Make the run folder, write its settings, fix the threads, seed everything.
 
-    parser = argparse.ArgumentParser(description=doc, formatter_class=Help)
-    for field in dataclasses.fields(config_class):
-        options = {"help": field.metadata["help"].replace("%", "%%"), "default": field.default, "dest": field.name}
-        if field.type is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            options.update(type=field.type, choices=field.metadata["choices"], metavar=None if field.metadata["choices"] else field.type.__name__)
-        parser.add_argument("--" + field.name.replace("_", "-"), **options)
-    values = vars(parser.parse_args(argv))
-    if values["student"] == "tiny" and values["task"] == "arithmetic" and tiny:      # what was not given on the command line takes the tiny default
-        parser.set_defaults(**tiny)
-        values = vars(parser.parse_args(argv))
-    if not values["out"]:
-        compared = "+".join("-".join(Path(name).parts[-2:]) for name in values.get("models", "").split(",") if name)
-        values["out"] = f"out/{values['task']}-{compared or Path(values['student']).name}"
-    print("  ".join(f"{key}={value}" for key, value in values.items()))
-    return config_class(**values)
-
-
-def start(config, stage):
-    """Make the run folder, fix the threads, seed everything. Returns (folder Path, device, dtype of the arithmetic)."""
+    Returns (folder Path, device, dtype of the arithmetic).
+    """
+    config = configs[stage]
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
+    settings.save(folder, stage, configs)
     if config.threads:
         torch.set_num_threads(config.threads)
-    seed = random.Random(f"{stage} {config.seed}").getrandbits(32)  # each stage has a stream of its own
+    # Each stage has a random stream of its own.
+    seed = random.Random(f"{stage} {config.seed}").getrandbits(32)
     random.seed(seed)
     torch.manual_seed(seed)
-    device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    name = config.dtype if config.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32"
+    device = pick_device(config.device)
     if device.type == "cuda":
         torch.backends.cuda.matmul.fp32_precision = "tf32"
-    return folder, device, {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+    return folder, device, pick_dtype(config.dtype, device)
+
+
+def fitted(stage, config, model, dtype, device, prompt, response, batch=0, jobs=0):
+    """--slots, --micro-batch and --checkpoint as given, else the fastest that fit: a fit.Choice.
+
+    Args:
+        prompt, response: tokens of the longest of each.
+        batch: sequences per optimizer step.
+        jobs: samples to be drawn.
+    Raises SystemExit with what would fit, where nothing does.
+    """
+    try:
+        choice = fit.choose(
+            stage, model, dtype, fit.free_bytes(device), batch=batch, prompt=prompt,
+            response=response, jobs=jobs, device=device.type, slots=config.slots,
+            micro_batch=getattr(config, "micro_batch", 0),
+            checkpoint=getattr(config, "checkpoint", None))
+    except ValueError as error:
+        sys.exit(str(error))
+    print(f"{stage}: {choice.line}")
+    return choice
+
+
+def memory_is_full(error):
+    """Did this RuntimeError come for want of memory? The CPU's allocator has no error of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def halve_when_full(work, size, flag, *args):
+    """`work(size, *args)`; where memory runs out, again with half the size. -> (result, size).
+
+    `work` must begin anew each time. Where size 1 is too much the error stays: see `guard`.
+    """
+    while True:
+        try:
+            return work(size, *args), size
+        except RuntimeError as error:
+            if not memory_is_full(error) or size == 1:
+                raise
+        # Not inside `except`, where the traceback still holds the failed attempt's tensors.
+        size //= 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        print(f"\nout of memory: once more, and from here on, with {flag} {size}", file=sys.stderr)
+
+
+def guard(main):
+    """Run a script. What is no fault of the program ends in a message and not in a traceback."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped at once. What was saved is whole; the same command goes on from there.")
+    except RuntimeError as error:
+        if not memory_is_full(error):
+            raise
+        sys.exit("out of memory, though as little as possible was tried at once. What was saved is "
+                 "whole. Fewer --max-new-tokens, a smaller --student or more memory would do.")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES):
+            raise
+        sys.exit(f"{error}. What was there is whole, and the same command goes on from there once "
+                 "it can be written to.")
+
+
+class Bar(tqdm):
+    """A progress bar that ends in [passed < left of the whole]."""
+
+    def __init__(self, *args, **kwargs):
+        kwargs.setdefault("bar_format", "{l_bar}{bar}| {n_fmt}/{total_fmt} "
+                          "[{elapsed}<{remaining} of {whole}, {rate_fmt}{postfix}]")
+        super().__init__(*args, **kwargs)
+
+    @property
+    def format_dict(self):
+        d = super().format_dict
+        done = d["n"] - d["initial"]
+        whole = d["elapsed"] * (d["total"] - d["initial"]) / done if done and d["total"] else None
+        return {**d, "whole": "?" if whole is None else self.format_interval(whole)}
 
 
 def held_out(question_id, share=0.05):
-    """Is a training question among the `share` that no stage trains on? By a hash of its id: the same ones in every stage."""
+    """Is a training question among the `share` that no stage trains on?
+
+    By a hash of its id: the same ones in every stage.
+    """
     return int.from_bytes(hashlib.sha256(question_id.encode()).digest()[:4], "big") < share * 2**32
 
 
 # ---- JSONL ----
 
 def read_jsonl(path):
-    """The complete lines of a JSONL file as a list of dicts; [] if there is no file. A torn last line is left out."""
+    """The complete lines of a JSONL file as dicts, [] if there is no file. A torn last one is left out."""
     if not Path(path).exists():
         return []
     whole, _, _ = Path(path).read_bytes().rpartition(b"\n")
@@ -107,7 +166,10 @@ def read_jsonl(path):
 
 
 class Appender:
-    """Appends dicts to a JSONL file, each on disk at once. What a killed writer left of its last line is cut off first."""
+    """Appends dicts to a JSONL file, each on disk at once.
+
+    What a killed writer left of its last line is cut off first.
+    """
 
     def __init__(self, path):
         self.file = open(path, "ab+")
@@ -120,7 +182,10 @@ class Appender:
 
 
 class Metrics:
-    """metrics.jsonl: one line a step, {"stage", "step", ...}. Tensors become numbers here, so that one sync serves them all."""
+    """metrics.jsonl: one line per step, {"stage", "step", ...}.
+
+    Tensors become numbers here, so that one sync serves them all.
+    """
 
     def __init__(self, folder, stage):
         self.append, self.stage, self.begun = Appender(folder / "metrics.jsonl"), stage, time.time()
@@ -146,7 +211,10 @@ def read_metrics(folder, stage):
 # ---- checkpoints ----
 
 def save_checkpoint(path, config, **state):
-    """State for an exact resume: what is given (state dicts, numbers), the config and the random streams. Complete or absent."""
+    """State for an exact resume: what is given, the config and the random streams.
+
+    Given are state dicts and numbers. The file is complete or absent.
+    """
     streams = {"torch": torch.get_rng_state(), "python": json.dumps(random.getstate()),
                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
     path = Path(path)
@@ -159,18 +227,21 @@ def save_checkpoint(path, config, **state):
     os.replace(beside, path)
 
 
-def load_checkpoint(path, config, may_differ=("out", "steps", "device", "threads", "save_every")):
+def load_checkpoint(path, config):
     """The saved state, with the random streams put back; None if there is none.
 
-    Raises ValueError if the settings differ in anything but `may_differ`: the result would be neither run.
+    Raises SystemExit if the settings differ in what the result depends on: it would be neither run.
     """
     if not Path(path).exists():
         return None
     state = torch.load(path, map_location="cpu", weights_only=True)
-    now = dataclasses.asdict(config)
-    changed = [f"{k} was {v!r}, is {now.get(k)!r}" for k, v in state["config"].items() if now.get(k) != v and k not in may_differ]
+    before = state["config"]
+    changed = [f"{f.name} was {before.get(f.name)!r}, is {getattr(config, f.name)!r}"
+               for f in dataclasses.fields(config)
+               if f.metadata["result"] and before.get(f.name) != getattr(config, f.name)]
     if changed:
-        raise SystemExit(f"{path} was made with other settings ({'; '.join(changed)}). Give the same ones, another --out, or delete it.")
+        raise SystemExit(f"{path} was made with other settings ({'; '.join(changed)}). Give the "
+                         "same ones, another --out, or delete it.")
     torch.set_rng_state(state["streams"]["torch"])
     version, internal, gauss = json.loads(state["streams"]["python"])
     random.setstate((version, tuple(internal), gauss))
@@ -181,7 +252,10 @@ def load_checkpoint(path, config, may_differ=("out", "steps", "device", "threads
 
 @contextlib.contextmanager
 def interruptible():
-    """Yields a function that says whether Ctrl-C or SIGTERM has come, so that a loop can finish its step and save. Twice ends at once."""
+    """Yields a function that says whether Ctrl-C or SIGTERM has come.
+
+    So a loop can finish its step and save. Twice ends at once.
+    """
     asked = []
 
     def handler(number, frame):
@@ -200,20 +274,20 @@ def interruptible():
 
 # ---- stages ----
 
-def need(path, script, config):
-    """If `path` is missing, run the stage that makes it, with this run's common flags, and say so."""
-    if Path(path).exists():
+def need(there, path, script, config):
+    """Unless `path` is there, run the stage that makes it, and say so. It reads settings.json."""
+    if there:
         return
     print(f"\n{path} is missing: running {script} first", flush=True)
-    command = [sys.executable, str(Path(__file__).parent.parent / script)]
-    for field in dataclasses.fields(Common):
-        if field.name == "dry_run":                                # a stage that only estimates never comes here
-            continue
-        command += ["--" + field.name.replace("_", "-"), str(getattr(config, field.name))]
+    command = [sys.executable, str(Path(__file__).parent.parent / script), "--out", config.out]
     child = subprocess.Popen(command)
-    # Ctrl-C reaches the child too: let it save, and end when it has ended. SIGTERM reaches only us, and is passed on.
-    before = {s: signal.signal(s, lambda number, frame: number == signal.SIGTERM and child.terminate())
-              for s in (signal.SIGINT, signal.SIGTERM)}
+    # Ctrl-C reaches the child too: let it save, and end when it has ended. SIGTERM reaches only
+    # us, and is passed on.
+    def handler(number, frame):
+        if number == signal.SIGTERM:
+            child.terminate()
+
+    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
     code = child.wait()
     for s, old in before.items():
         signal.signal(s, old)

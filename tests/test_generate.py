@@ -146,3 +146,21 @@ def test_same_seed_same_samples_and_each_sample_its_own_temperature():
 def test_length_limit_is_checked_before_any_work():
     with pytest.raises(ValueError, match="128 positions"):
         next(generate(random_model(), PROMPTS, eos_ids=[1], pad_id=0, max_new_tokens=119))
+
+
+@pytest.mark.parametrize("most", [3, 1])
+def test_where_memory_runs_out_fewer_slots_draw_the_same_samples(monkeypatch, capsys, most):
+    model, prompts = random_model(), [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
+    kwargs = dict(eos_ids=[1], pad_id=0, max_new_tokens=6, n=4, seed=3)
+    expected = {(i, j): s.tokens for i, j, s in generate(model, prompts, **kwargs)}
+
+    class Small(nanodistill.generate.KVCache):
+        def __init__(self, config, batch, *args):
+            if batch > most:
+                raise torch.OutOfMemoryError("made up")
+            super().__init__(config, batch, *args)
+
+    monkeypatch.setattr(nanodistill.generate, "KVCache", Small)
+    got = {(i, j): s.tokens for i, j, s in generate(model, prompts, slots=12, **kwargs)}
+    assert got == expected and len(got) == 12
+    assert f"--slots {most}" in capsys.readouterr().err

@@ -7,47 +7,14 @@ import pytest
 import torch
 
 from nanodistill import run
+from nanodistill.settings import flag
 
 
 @dataclasses.dataclass
 class Config:
-    student: str = run.flag("tiny", "whose run, 100% of it")
-    task: str = run.flag("arithmetic", "what", ("arithmetic", "other"))
-    steps: int = run.flag(10, "how many")
-    rate: float = run.flag(0.5, "how fast")
-    whiten: bool = run.flag(True, "or not")
-    models: str = run.flag("", "to compare")
-    out: str = run.flag("", "where")
-
-
-def parse(*argv):
-    return run.parse(Config, "doc", dict(rate=2.0), argv)
-
-
-def test_flags_have_types_and_the_tiny_student_has_defaults_of_its_own():
-    assert parse() == Config("tiny", "arithmetic", 10, 2.0, True, "", "out/arithmetic-tiny")
-    assert parse("--student", "x/1b", "--no-whiten", "--steps", "3") == Config("x/1b", "arithmetic", 3, 0.5, False, "", "out/arithmetic-1b")
-    assert parse("--task", "other").rate == 0.5                          # nor are they for another task, with responses of another length
-    assert parse("--rate", "0.5").rate == 0.5                            # given on the command line: the tiny default does not win
-
-
-def test_an_evaluation_of_named_models_gets_a_folder_of_its_own():
-    assert parse("--task", "other", "--model", "out/gsm8k-1b/rl").out == "out/other-gsm8k-1b-rl"
-    assert parse("--models", "out/a/rl,out/b/rl/").out == "out/arithmetic-a-rl+b-rl"
-
-
-@pytest.mark.parametrize("argv", [["--stepz", "3"], ["--steps", "x"], ["--task", "nothing"]])
-def test_wrong_flags_fail(argv, capsys):
-    with pytest.raises(SystemExit):
-        parse(*argv)
-    assert argv[0].lstrip("-") in capsys.readouterr().err
-
-
-def test_help_gives_each_flag_its_meaning_and_default(capsys):
-    with pytest.raises(SystemExit):
-        parse("--help")
-    text = " ".join(capsys.readouterr().out.split())
-    assert "100% of it" in text and "how fast (default: 0.5; for the tiny student 2.0)" in text
+    steps: int = flag(10, "how many")
+    rate: float = flag(0.5, "how fast")
+    out: str = flag("", "where", result=False)
 
 
 def test_a_torn_last_line_is_dropped_and_written_over(tmp_path):
@@ -75,7 +42,9 @@ def test_checkpoint_brings_back_state_and_random_streams(tmp_path):
     assert torch.equal(state["weight"], torch.ones(2))
     assert torch.equal(torch.rand(3), expected[0]) and random.random() == expected[1]
     assert run.load_checkpoint(tmp_path / "none.pt", config) is None
-    run.load_checkpoint(tmp_path / "resume.pt", dataclasses.replace(config, steps=99))
+    run.load_checkpoint(tmp_path / "resume.pt", dataclasses.replace(config, out="elsewhere"))
+    with pytest.raises(SystemExit, match="steps was 10, is 99"):         # the schedule would jump
+        run.load_checkpoint(tmp_path / "resume.pt", dataclasses.replace(config, steps=99))
     with pytest.raises(SystemExit, match="rate was 0.5, is 0.1"):
         run.load_checkpoint(tmp_path / "resume.pt", dataclasses.replace(config, rate=0.1))
 

@@ -157,7 +157,7 @@ def test_teacher_resumes_without_asking_twice(sampled, tmp_path):
     assert len({row["id"] for row in rows}) == len(rows) == 80
     assert all(len(row["responses"]) == 10 for row in rows)
     assert len(run.read_jsonl(tmp_path / "torn" / "labels.jsonl")) == 80
-    with pytest.raises(SystemExit, match="other --samples or --temperatures"):
+    with pytest.raises(SystemExit, match="--temperatures was '0.7,0.8,0.9,1.0,1.1', not '0.5'"):
         teacher.main([*COMMON, "--temperatures", "0.5", "--out", str(tmp_path / "torn")])
 
 
@@ -181,7 +181,8 @@ def test_a_student_with_another_tokenizer_learns_the_same_from_the_teachers_text
     losses = []
     for student in (source, other):
         out = copy(sampled, tmp_path / f"run of {student.name}", "teacher.jsonl", "labels.jsonl")
-        train_sft.main([*COMMON, *SFT, "--student", str(student), "--learning-rate", "5e-4", *out])
+        named = ["--student", str(student), "--teacher", "tiny", "--task", "arithmetic"]
+        train_sft.main([*COMMON, *SFT, *named, "--max-new-tokens", "56", "--learning-rate", "5e-4", *out])
         losses.append(list(steps_of(tmp_path / f"run of {student.name}", "sft", "held_out_loss").values()))
     assert losses[0][0] < 0.5 and losses[0] == pytest.approx(losses[1], rel=1e-3)        # a text read with the wrong ids has several nats a token
 
@@ -215,13 +216,27 @@ def test_with_a_probability_as_score_the_values_are_probabilities_too(finished, 
     assert rows["logit"]["value_loss"] > 1 > rows["probability"]["value_loss"]
 
 
-def test_less_than_a_batch_to_train_on_is_an_error_that_says_what_to_do(finished, tmp_path):
+def test_with_less_than_a_batch_to_train_on_a_step_takes_all_of_it_and_says_so(
+        finished, tmp_path, capsys):
     out = copy(finished, tmp_path / "run", "teacher.jsonl", "labels.jsonl", "student.jsonl", "sft")
-    with pytest.raises(SystemExit, match="less than one batch"):
-        train_rm.main([*COMMON, *RM, "--batch-size", "100000", *out])
+    for script, stage, flags in ((train_rm, "rm", RM), (train_sft, "sft", SFT)):
+        shutil.rmtree(tmp_path / "run" / stage, ignore_errors=True)
+        script.main([*COMMON, *flags, "--epochs", "2.5", "--batch-size", "100000", *out])
+        assert "less than one batch of 100000" in capsys.readouterr().out
+        assert weights.complete(tmp_path / "run" / stage)
+        assert max(run.read_metrics(tmp_path / "run", stage)) == 2       # two whole passes, a step each
+
+
+def test_no_vote_left_is_an_error_that_says_what_to_do(finished, tmp_path):
+    out = copy(finished, tmp_path / "run", "teacher.jsonl", "labels.jsonl", "student.jsonl", "sft")
+    rows = run.read_jsonl(tmp_path / "run" / "labels.jsonl")
+    (tmp_path / "run" / "labels.jsonl").write_text("".join(
+        json.dumps({**row, "vote": None, "labels": [False] * 10}) + "\n" for row in rows))
+    with pytest.raises(SystemExit, match="holds no vote"):
+        train_rm.main([*COMMON, *RM, *out])
     shutil.rmtree(tmp_path / "run" / "sft")
-    with pytest.raises(SystemExit, match="less than one batch"):
-        train_sft.main([*COMMON, *SFT, "--batch-size", "100000", *out])
+    with pytest.raises(SystemExit, match="no response to train on"):
+        train_sft.main([*COMMON, *SFT, *out])
     assert not (tmp_path / "run" / "sft").exists() and not (tmp_path / "run" / "rm").exists()
 
 
@@ -286,3 +301,64 @@ def test_one_command_from_nothing_runs_every_stage_and_says_so(tmp_path):
         assert f"is missing: running {script} first" in done.stdout
     assert "| rl | " in done.stdout
     assert set(os.listdir(tmp_path)) - before == {"out"}                 # nothing outside --out
+
+
+# ---- memory that runs out ----
+
+def small_memory(function, most, size=lambda first, *_: len(first)):
+    """`function`, on a device whose memory runs out where `size` of its arguments passes `most`."""
+    def bounded(*args, **kwargs):
+        if size(*args) > most:
+            raise torch.OutOfMemoryError("made up")
+        return function(*args, **kwargs)
+    return bounded
+
+
+@pytest.mark.parametrize("script, stage, flags, inputs, name, most, key", [
+    (train_sft, "sft", SFT, ["teacher.jsonl", "labels.jsonl"], "linear_cross_entropy", 200, "loss"),
+    (train_rm, "rm", RM + ADAMW, ["teacher.jsonl", "labels.jsonl", "student.jsonl", "sft"],
+     "bce_loss", 200, "loss"),
+    (train_rl, "rl", ["--steps", "2", "--prompts", "32"],
+     ["teacher.jsonl", "labels.jsonl", "student.jsonl", "sft", "rm"], "linear_logprobs", 150,
+     "policy_loss")])
+def test_where_memory_runs_out_smaller_micro_batches_learn_the_same(
+        finished, tmp_path, monkeypatch, capsys, script, stage, flags, inputs, name, most, key):
+    """The function that takes the most memory fails above some tokens; 16 and 8 responses have more."""
+    monkeypatch.setattr(run, "need", lambda *_: None)
+    figures = []
+    for small in (False, True):
+        out = copy(finished, tmp_path / str(small), *inputs)
+        if small:
+            monkeypatch.setattr(script, name, small_memory(getattr(script, name), most))
+        script.main([*COMMON, *flags, *out])
+        figures.append(list(steps_of(tmp_path / str(small), stage, key).values()))
+    assert figures[0] and figures[1] == pytest.approx(figures[0], rel=1e-3)
+    said = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
+    assert said and len(said) == len(set(said)) <= 3                     # each size once, not each step
+
+
+def test_a_device_too_small_for_anything_ends_in_a_message(finished, tmp_path, monkeypatch):
+    out = copy(finished, tmp_path / "run", "teacher.jsonl", "labels.jsonl")
+    monkeypatch.setattr(train_sft, "linear_cross_entropy", small_memory(None, 0))
+    with pytest.raises(SystemExit, match="out of memory, though"):
+        run.guard(lambda: train_sft.main([*COMMON, *SFT, *out]))
+
+
+# ---- own questions ----
+
+def test_own_questions_without_answers_go_through_every_stage_with_one_command(tmp_path):
+    """200 lines of `question`, nothing else. The tiny models know such questions; there is no gold."""
+    questions = TASKS["arithmetic"](seed=9).questions("train")[:200]
+    (tmp_path / "mine.jsonl").write_text("".join(
+        json.dumps({"question": q["question"]}) + "\n" for q in questions))
+    done = subprocess.run([sys.executable, str(ROOT / "train_rl.py"), "--data", "mine.jsonl", "--threads", "1",
+                           "--steps", "1", "--prompts", "16", "--teacher.samples", "4",
+                           "--rm.samples", "1", "--sft.epochs", "1"],
+                          cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "no test questions with answers" in done.stdout and "No training question has a gold" in done.stdout
+    folder = tmp_path / "out" / "mine-tiny"
+    report = json.loads((folder / "report.json").read_text())
+    assert report["models"] == {} and set(report["reward_model"]["auc"]) == {"teacher", "sft", "rl"}
+    assert "accuracy" not in report["votes"] and report["votes"]["kept"] > 0
+    assert "true_accuracy" not in run.read_metrics(folder, "rl")[0]

@@ -35,16 +35,17 @@ def shares(texts):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("out/arithmetic-tiny"), help="the run folder")
+    parser.add_argument("--out", type=Path, help="the run folder; not given: that of the seed")
     parser.add_argument("--seed", type=int, default=1, help="of the questions and samples")
     parser.add_argument("--least", type=int, default=20, help="facts used less often than this by any of the models are left out")
     args = parser.parse_args()
+    args.out = args.out or Path(f"out/arithmetic-tiny{f'-seed{args.seed}' * (args.seed != 1)}")
     task = Arithmetic(args.seed)
-    settings = argparse.Namespace(max_new_tokens=56, slots=256)
     tallies = {}
     for name, folder in {"teacher": HERE / "teacher", "sft": args.out / "sft", "rl": args.out / "rl"}.items():
         model, tokenizer = weights.load(folder), Tokenizer(folder)
-        rows = sample(model, tokenizer, task, task.questions("test"), 8, 1.0, settings, torch.Generator().manual_seed(args.seed), name)
+        torch.manual_seed(args.seed)                             # `sample` takes its seed from here
+        rows = sample(model, tokenizer, task, task.questions("test"), 8, 1.0, 56, 256, name)
         tallies[name] = shares(s.text for row in rows for s in row)
     facts = sorted((f for f in set.intersection(*map(set, tallies.values())) if misconception(*f)[0] is not None
                     and min(t[f][1] for t in tallies.values()) >= args.least), key=lambda f: tallies["teacher"][f][0] / tallies["teacher"][f][1])

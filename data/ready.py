@@ -1,0 +1,149 @@
+"""What must be there before the first stage starts; and the text of --dry-run.
+
+A run takes hours, so nothing that can be known at its beginning may stop it later: access to the
+models, the task's rows, the server, the device, memory, disk, the run folder. `check` tries them
+all and lists all that is wrong.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from huggingface_hub import constants
+
+from data import TASKS, server, task_of
+from nanodistill import fit, run, weights
+from nanodistill.tokenizer import Tokenizer
+
+ORDER = ("teacher", "sft", "rm", "rl", "eval")
+USES = {"teacher": ("teacher",), "sft": ("student",), "rm": ("student",), "rl": ("student",),
+        "eval": ("teacher", "student")}                          # the models that a stage loads
+
+
+def missing(stage, configs):
+    """The stages that `stage` will run, itself the last but for the evaluation after PPO."""
+    folder = Path(configs[stage].out)
+    done = {"teacher": (folder / "labels.jsonl").exists(), "eval": False,
+            **{s: weights.complete(folder / s) for s in ("sft", "rm", "rl")}}
+    needed = [s for s in ORDER if s in configs]
+    first = next((s for s in reversed(needed) if done[s]), None)
+    return needed[needed.index(first) + 1:] if first else needed
+
+
+def rows(config, split):
+    """The questions that a stage takes of a split."""
+    return task_of(config).questions(split)[:config.questions or None]
+
+
+def check(stage, configs):
+    """Try everything that the missing stages need. Raises SystemExit that lists what is wrong."""
+    config, stages, problems = configs[stage], missing(stage, configs), []
+
+    def attempt(function, *args):
+        """The function's value, or None and a problem more."""
+        try:
+            return function(*args)
+        except SystemExit as error:
+            problems.append(str(error.code))
+        except (ValueError, OSError, ImportError) as error:
+            problems.append(str(error))
+
+    device = attempt(run.pick_device, config.device)
+    attempt(writable, Path(config.out))
+    train = attempt(rows, configs.get("teacher", config), "train") if stages != ["eval"] else []
+    test = attempt(rows, configs["eval"], "test") if "eval" in stages else []
+    if train == [] and stages != ["eval"]:
+        problems.append(f"--task {config.task}: there is no training question")
+    if test == [] and stages == ["eval"] and config.models:
+        problems.append(f"--task {config.task}: there is no test question with an answer")
+    if config.teacher_url and "teacher" in stages:
+        problems += server.problems(config.teacher_url, config.teacher_model,
+                                    os.environ.get("OPENAI_API_KEY", ""))
+    folders, bytes_needed = {}, 0
+    if getattr(config, "models", ""):
+        for name in config.models.split(","):
+            folders[name] = attempt(weights.resolve, name, "models", "", False)
+    else:
+        roles = {role for s in stages for role in USES[s]}
+        for role in sorted(roles - ({"teacher"} if config.teacher_url else set())):
+            name = getattr(config, role)
+            revision = config.revision if role == "student" else config.teacher_revision
+            folders[role] = attempt(weights.resolve, name, role, revision, False)
+            if folders[role]:
+                bytes_needed += attempt(weights.bytes_to_fetch, name, revision) or 0
+    asked = (train or []) + (test or [])
+    for name, folder in folders.items():
+        shape = folder and attempt(weights.load_config, folder)
+        tokenizer = folder and attempt(Tokenizer, folder)
+        if not (shape and tokenizer and asked and device):
+            continue
+        task = task_of(config)
+        longest = max(len(tokenizer.prompt_ids(task.prompt(q["question"]))) for q in asked)
+        for s in stages:
+            if name not in USES[s] and not getattr(config, "models", ""):
+                continue
+            reach = longest + configs[s].max_new_tokens
+            if reach > shape.max_position_embeddings:
+                problems.append(
+                    f"{name}: prompts of up to {longest} tokens and --max-new-tokens "
+                    f"{configs[s].max_new_tokens} exceed its {shape.max_position_embeddings} "
+                    "positions: fewer of the one, or shorter questions")
+                break
+            attempt(fits, s, configs[s], shape, device, longest)
+    problems += disk(config, folders.get("student"), stages, bytes_needed)
+    if problems:
+        sys.exit("\n".join(dict.fromkeys("\n".join(problems).splitlines())))
+
+
+def fits(stage, config, shape, device, longest):
+    """Raises ValueError where no setting lets the stage fit the memory that is free."""
+    batch = getattr(config, "batch_size", fit.SCORED)
+    if stage == "rl":
+        batch = config.prompts * config.samples // config.minibatches
+    fit.choose(stage, shape, run.pick_dtype(config.dtype, device), fit.free_bytes(device),
+               batch=batch, prompt=longest, response=config.max_new_tokens, jobs=256,
+               device=device.type, slots=config.slots,
+               micro_batch=getattr(config, "micro_batch", 0),
+               checkpoint=getattr(config, "checkpoint", None))
+
+
+def writable(folder):
+    """Raises ValueError unless files can be written in `folder`, which need not be there yet."""
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"--out {folder}: {there} is not a folder that may be written to")
+
+
+def disk(config, student, stages, download):
+    """Problems of space: what is fetched goes to the hub's cache, what is trained to --out."""
+    count = fit.parameters(weights.load_config(student)) if student else 0
+    # fp32 folders that stay, and the largest checkpoint beside them: 4 bytes a parameter for the
+    # weights, 4 for the best ones, 8 for AdamW's moments; in PPO weights and moments of two models.
+    kept = 4 * count * len({"sft", "rm", "rl"} & set(stages))
+    resume = max([0] + [{"sft": 16, "rm": 16, "rl": 24}[s] * count
+                        for s in stages if s in ("sft", "rm", "rl")])
+    problems, places = [], {}
+    for path, size, what in ((Path(constants.HF_HUB_CACHE), download, "models to be fetched"),
+                             (Path(config.out), kept + resume, "weights and checkpoints")):
+        path = next(p for p in (path, *path.absolute().parents) if p.exists())
+        use = places.setdefault(os.stat(path).st_dev, [path, 0, []])
+        use[1] += size
+        use[2].append(f"{size / 1e9:.1f} GB of {what}")
+    for path, size, parts in places.values():
+        free = shutil.disk_usage(path).free
+        if size > free:
+            problems.append(f"the disk of {path} has {free / 1e9:.1f} GB free, and this run writes "
+                            f"{' and '.join(parts)}: free some, or set --out or HF_HOME elsewhere")
+    return problems
+
+
+def dry_run(stage, configs):
+    """The text of --dry-run: the stages that are missing, what each takes of memory and time."""
+    config, counts = configs[stage], {}
+    for split, s in (("train", "teacher"), ("test", "eval")):
+        try:
+            counts[split] = len(rows(configs.get(s, config), split))
+        except (OSError, ValueError, ImportError):
+            counts[split] = TASKS[config.task].published[split]
+    return fit.report(configs, missing(stage, configs), counts)

@@ -49,7 +49,7 @@ def check(stage, configs):
         except (ValueError, OSError, ImportError) as error:
             problems.append(str(error))
 
-    device = attempt(run.pick_device, config.device)
+    devices = {s: attempt(run.pick_device, configs[s].device) for s in stages}
     attempt(writable, Path(config.out))
     train = attempt(rows, configs.get("teacher", config), "train") if stages != ["eval"] else []
     test = attempt(rows, configs["eval"], "test") if "eval" in stages else []
@@ -76,7 +76,7 @@ def check(stage, configs):
     for name, folder in folders.items():
         shape = folder and attempt(weights.load_config, folder)
         tokenizer = folder and attempt(Tokenizer, folder)
-        if not (shape and tokenizer and asked and device):
+        if not (shape and tokenizer and asked):
             continue
         task = task_of(config)
         longest = max(len(tokenizer.prompt_ids(task.prompt(q["question"]))) for q in asked)
@@ -90,7 +90,8 @@ def check(stage, configs):
                     f"{configs[s].max_new_tokens} exceed its {shape.max_position_embeddings} "
                     "positions: fewer of the one, or shorter questions")
                 break
-            attempt(fits, s, configs[s], shape, device, longest)
+            if devices[s]:
+                attempt(fits, s, configs[s], shape, devices[s], longest)
     problems += disk(config, folders.get("student"), stages, bytes_needed)
     if problems:
         sys.exit("\n".join(dict.fromkeys("\n".join(problems).splitlines())))

@@ -256,7 +256,7 @@ def made(folder, stage):
 
 def conflicts(folder, stage, configs, saved):
     """What lies in the run folder and was made with other settings than are asked for."""
-    problems = []
+    found = {}                                                   # {what differs: paths}
     for s in MADE:
         config = configs.get(s, configs[stage])
         for path in made(folder, s) if s in saved else ():
@@ -271,9 +271,9 @@ def conflicts(folder, stage, configs, saved):
                       and (f.metadata["run_wide"] or s in configs and (not own or f.name in own))
                       and saved[s][f.name] != getattr(config, f.name)]
             if differ:
-                problems.append(f"{path} was made with other settings: {'; '.join(differ)}. Give "
-                                "those, another --out, or delete it and what was made from it")
-    return problems
+                found.setdefault("; ".join(differ), []).append(str(path))
+    return [f"made with other settings: {', '.join(paths)}: {differ}. Give those, another --out, "
+            "or delete it and what was made from it" for differ, paths in found.items()]
 
 
 def save(folder, stage, configs):

@@ -170,7 +170,7 @@ def test_the_vote_may_be_taken_anew_until_something_was_trained_on_it(tmp_path):
     assert "--samples was 10, not 3" in wrong("--samples", "3", **kwargs)
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft" / "config.json").write_text("{}")
-    assert "labels.jsonl was made with other settings" in wrong("--min-agreement", "0.9", **kwargs)
+    assert "labels.jsonl: --min-agreement was 0.4, not 0.9" in wrong("--min-agreement", "0.9", **kwargs)
 
 
 def test_an_unreadable_settings_file_is_named(tmp_path):

@@ -1,0 +1,158 @@
+"""The planner against counts of the hub's pages and the peaks of an emulated H100's allocator."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_rl
+from nanodistill import fit, presets, settings
+from nanodistill.model import ScalarModel
+
+SHAPES = {name: size.shape for name, size in presets.SIZES.items()}
+BF16, FP32 = torch.bfloat16, torch.float32
+GB24 = int(24e9)
+
+
+def plan(name, stage, micro_batch, checkpoint=False, slots=64, batch=64):
+    return fit.plan(stage, SHAPES[name], BF16, batch=batch, micro_batch=micro_batch, slots=slots,
+                    prompt=256, response=512, checkpoint=checkpoint)
+
+
+def test_the_shapes_have_the_parameters_that_the_models_pages_state():
+    assert {name: fit.parameters(shape) for name, shape in SHAPES.items()} == {
+        "135m": 134_515_008, "0.5b": 494_032_768, "1b": 1_235_814_400, "3b": 3_212_749_824,
+        "8b": 8_030_261_248, "1.7b": 1_711_376_384, "7b": 7_615_616_512}
+
+
+# Bytes by torch.cuda.max_memory_allocated on the emulated card (docs/log.md, 2026-11-25): the
+# stages' own operations, sequences of 256 + 512 tokens, a batch of 64, two optimizer steps.
+@pytest.mark.parametrize("name, stage, micro_batch, checkpoint, taken", [
+    ("135m", "sft", 8, False, 7.591e9), ("135m", "rm", 1, False, 3.091e9),
+    ("135m", "rl", 8, False, 10.337e9), ("1b", "sft", 8, False, 34.64e9),
+    ("1b", "rm", 8, True, 21.27e9), ("1b", "rl", 8, False, 59.46e9), ("1b", "rl", 1, False, 49.76e9),
+    ("3b", "sft", 8, False, 83.30e9), ("3b", "rl", 8, True, 119.92e9)])
+def test_the_plan_is_within_5_percent_of_what_an_emulated_card_takes(
+        name, stage, micro_batch, checkpoint, taken):
+    assert plan(name, stage, micro_batch, checkpoint)["peak"] == pytest.approx(taken, rel=0.05)
+
+
+@pytest.mark.parametrize("slots, taken", [(64, 5.97e9), (256, 10.80e9)])
+def test_so_is_the_plan_of_sampling(slots, taken):
+    assert plan("1b", "teacher", 1, slots=slots)["peak"] == pytest.approx(taken, rel=0.05)
+
+
+def test_weights_moments_and_cache_by_hand():
+    parts, n = plan("135m", "rl", 8), 134_515_008
+    # The scalar head is one more row; the language model's head is the embedding.
+    assert fit.parameters(SHAPES["135m"], ScalarModel) == n + 576
+    assert parts["optimizer"] == 8 * (2 * n + 576) and parts["gradients"] == 4 * (2 * n + 576)
+    # 30 layers, keys and values, 64 slots, 3 heads of 64 channels, 768 tokens, 2 bytes.
+    assert parts["KV cache"] == 30 * 2 * 64 * 3 * 64 * 768 * 2
+    assert parts["sampler's weights"] == 2 * n     # PPO samples from a bf16 copy of the fp32 policy
+
+
+def test_accumulation_takes_more_than_a_batch_of_one_pass():
+    """The first micro-batch's gradients stay while the next one's activations are there."""
+    alone, again = (plan("1b", "sft", 8, batch=batch)["peak"] for batch in (8, 16))
+    assert again - alone == pytest.approx(4 * 1_235_814_400, rel=0.1)
+
+
+def test_two_layers_more_take_what_the_first_ones_took():
+    """Models of two and three layers stand for all: a whole one of five, measured, says the same."""
+    from dataclasses import replace
+    shape = replace(SHAPES["135m"], num_hidden_layers=5)
+    args = "logprobs", BF16, 2, 96, 32, False, True, "cuda"
+    whole = max(fit.pass_peaks(fit.key(shape, 5), *args).values())
+    assert fit.most(fit.pass_peaks, shape, *args) == pytest.approx(whole, rel=1e-3)
+
+
+def tiny(stage, batch, device="cpu", free=GB24):
+    shape = fit.shape("tiny", "student")
+    return fit.choose(stage, shape, FP32, free, batch=batch, prompt=60, response=56, jobs=6000,
+                      device=device)
+
+
+def test_the_tiny_default_takes_whole_batches():
+    choices = {stage: tiny(stage, batch) for stage, batch in (("sft", 64), ("rm", 128), ("rl", 128))}
+    assert {s: (c.micro_batch, c.checkpoint) for s, c in choices.items()} == {
+        "sft": (64, False), "rm": (128, False), "rl": (128, False)}
+    assert choices["rm"].slots == choices["rl"].slots == 256
+    assert "--micro-batch 128" in choices["rl"].line and "fitted to 24.0 GB free" in choices["rl"].line
+
+
+def choose(free, **given):
+    return fit.choose("rl", SHAPES["1b"], BF16, int(free * 1e9), batch=64, prompt=256, response=512,
+                      jobs=256, **given)
+
+
+def test_less_memory_gives_smaller_passes_and_what_is_chosen_fits():
+    choices = {free: choose(free) for free in (130, 72, 60, 47.5)}
+    for free, choice in choices.items():
+        planned = plan("1b", "rl", choice.micro_batch, choice.checkpoint, choice.slots)
+        assert planned["peak"] <= free * 1e9
+        if not choice.checkpoint:                  # and twice as much at once would not fit
+            assert plan("1b", "rl", 2 * choice.micro_batch)["peak"] > free * 1e9
+    sizes = [choice.micro_batch for choice in choices.values() if not choice.checkpoint]
+    assert len(sizes) == 3 and sizes == sorted(set(sizes), reverse=True)
+    assert choices[47.5].checkpoint                # where nothing else fits
+
+
+def test_what_is_given_stays():
+    choice = choose(130, micro_batch=2, checkpoint=True, slots=16)
+    assert (choice.micro_batch, choice.checkpoint, choice.slots) == (2, True, 16)
+
+
+def test_where_nothing_fits_the_error_says_what_would():
+    with pytest.raises(ValueError) as error:
+        choose(20)
+    message = str(error.value)
+    assert "46.8 GB" in message and "20.0 GB" in message and len(message.splitlines()) <= 3
+    assert "0.5b" in message or "135m" in message
+
+
+def test_free_memory_is_what_the_control_group_leaves(tmp_path):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    8000 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text("0::/job\n")
+    assert fit.free_memory(tmp_path) == 8000 * 1024
+    group = tmp_path / "sys/fs/cgroup/job"
+    group.mkdir(parents=True)
+    for name, text in (("memory.max", "5000000"), ("memory.current", "3000000"),
+                       ("memory.stat", "anon 5\ninactive_file 400000")):
+        (group / name).write_text(text + "\n")
+    assert fit.free_memory(tmp_path) == 2_400_000
+    (group / "memory.max").write_text("max\n")
+    assert fit.free_memory(tmp_path) == 8000 * 1024
+
+
+def test_the_dry_run_covers_every_missing_stage_and_marks_its_hours_as_an_estimate():
+    configs = settings.parse("rl", train_rl.STAGES, "doc", ["--student", "1b", "--device", "cuda"])
+    text = fit.report(configs, ["teacher", "sft", "rm", "rl", "eval"], {"train": 7473, "test": 1319})
+    for line in ("teacher: 8b, at most 8,030,261,248", "sft: 1b, at most 1,235,814,400",
+                 "rm: 1b", "rl: 1b", "eval: 8b, 1b"):
+        assert line in text
+    assert "an estimate from a roofline, not measured" in text and "H100" in text and "PFLOP" in text
+    # 7,473 questions, 10 samples each, responses of half of 512 tokens.
+    assert f"{7473 * 10 * 256 / 1e6:.2f} sampled" in text
+    rest = fit.report(configs, ["rl", "eval"], {"train": 7473, "test": 1319})
+    assert "teacher: 8b" not in rest and "rl: 1b" in rest
+
+
+def test_a_teacher_behind_a_server_takes_no_memory_of_this_machine():
+    configs = settings.parse("rl", train_rl.STAGES, "doc", [
+        "--student", "8b", "--teacher-url", "http://127.0.0.1:1/v1", "--teacher-model", "big"])
+    assert "big, behind a server: no memory here" in fit.report(configs, ["teacher", "sft"], {"train": 9, "test": 9})
+
+
+def test_the_readmes_table_of_cards_is_the_planners():
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    assert fit.table() in readme
+
+
+def test_attention_keeps_no_square_of_the_length_on_cuda():
+    """Else activations would grow faster than the length."""
+    short, longer, longest = (fit.most(
+        fit.pass_peaks, SHAPES["135m"], "logprobs", BF16, 2, length, 32, False, True, "cuda")
+        for length in (256, 512, 768))
+    assert longest - longer == pytest.approx(longer - short, rel=0.02)

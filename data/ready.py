@@ -1,4 +1,4 @@
-"""What must be there before the first stage starts; and the text of --dry-run.
+"""What must be there before the first stage starts; and which stages that one will run.
 
 A run takes hours, so nothing that can be known at its beginning may stop it later: access to the
 models, the task's rows, the server, the device, memory, disk, the run folder. `check` tries them
@@ -13,6 +13,7 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from data import TASKS, server, task_of
+from data.dry_run import report
 from nanodistill import fit, run, weights
 from nanodistill.tokenizer import Tokenizer
 
@@ -147,4 +148,4 @@ def dry_run(stage, configs):
             counts[split] = len(rows(configs.get(s, config), split))
         except (OSError, ValueError, ImportError):
             counts[split] = TASKS[config.task].published[split]
-    return fit.report(configs, missing(stage, configs), counts)
+    return report(configs, missing(stage, configs), counts)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import train_rl
+from data.dry_run import report
 from nanodistill import fit, presets, settings
 from nanodistill.model import ScalarModel
 
@@ -128,21 +129,21 @@ def test_free_memory_is_what_the_control_group_leaves(tmp_path):
 
 def test_the_dry_run_covers_every_missing_stage_and_marks_its_hours_as_an_estimate():
     configs = settings.parse("rl", train_rl.STAGES, "doc", ["--student", "1b", "--device", "cuda"])
-    text = fit.report(configs, ["teacher", "sft", "rm", "rl", "eval"], {"train": 7473, "test": 1319})
+    text = report(configs, ["teacher", "sft", "rm", "rl", "eval"], {"train": 7473, "test": 1319})
     for line in ("teacher: 8b, at most 8,030,261,248", "sft: 1b, at most 1,235,814,400",
                  "rm: 1b", "rl: 1b", "eval: 8b, 1b"):
         assert line in text
     assert "an estimate from a roofline, not measured" in text and "H100" in text and "PFLOP" in text
     # 7,473 questions, 10 samples each, responses of half of 512 tokens.
     assert f"{7473 * 10 * 256 / 1e6:.2f} sampled" in text
-    rest = fit.report(configs, ["rl", "eval"], {"train": 7473, "test": 1319})
+    rest = report(configs, ["rl", "eval"], {"train": 7473, "test": 1319})
     assert "teacher: 8b" not in rest and "rl: 1b" in rest
 
 
 def test_a_teacher_behind_a_server_takes_no_memory_of_this_machine():
     configs = settings.parse("rl", train_rl.STAGES, "doc", [
         "--student", "8b", "--teacher-url", "http://127.0.0.1:1/v1", "--teacher-model", "big"])
-    assert "big, behind a server: no memory here" in fit.report(configs, ["teacher", "sft"], {"train": 9, "test": 9})
+    assert "big, behind a server: no memory here" in report(configs, ["teacher", "sft"], {"train": 9, "test": 9})
 
 
 def test_the_readmes_table_of_cards_is_the_planners():

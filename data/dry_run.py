@@ -1,0 +1,210 @@
+"""The text of --dry-run: what each missing stage takes of memory, tokens, FLOPs and hours.
+
+Memory is planned (nanodistill/fit.py). Hours are an estimate from a roofline: nothing here was
+measured on a card.
+"""
+
+import functools
+import math
+import textwrap
+from dataclasses import dataclass
+
+import torch
+
+from nanodistill.fit import GBS, SCORED, USED, choose, free_bytes, parameters, plan, shape
+
+# {task: tokens of a long prompt, of the mean one}, by SmolLM2's tokenizer (arithmetic: tiny's). Of
+# GSM8K's 8,792 prompts 1 is longer than the long one, of MMLU-Pro's 12,031 there are 5.
+PROMPTS = {"arithmetic": (96, 31), "gsm8k": (256, 123), "mmlu_pro": (1280, 255)}
+# Assumptions, measured nowhere. A response is half of --max-new-tokens. GOOD: share of the
+# teacher's responses that SFT trains on. PRODUCTS, BANDWIDTH: reached share of a card's peak.
+GOOD, PRODUCTS, BANDWIDTH = 0.5, 0.4, 0.6
+LOADED = {"teacher": "sampled", "sft": "trained", "rm": "sampled, then trained with a scalar head",
+          "rl": "as policy, reference, reward and value model", "eval": "sampled one at a time"}
+
+
+@dataclass(frozen=True)
+class Card:
+    name: str
+    gb: int
+    flops: float                # a second, dense bf16 products with fp32 sums
+    bandwidth: float            # bytes a second
+
+
+# NVIDIA's data sheets; for the 4090 the white paper of the Ada architecture.
+CARDS = (Card("RTX 4090", 24, 165e12, 1.01e12), Card("L40S", 48, 362e12, 0.864e12),
+         Card("A100 80GB", 80, 312e12, 2.04e12), Card("H100 SXM", 80, 989e12, 3.35e12),
+         Card("H200", 141, 989e12, 4.8e12))
+
+
+# ---- what it costs ----
+
+@dataclass
+class Cost:
+    """Tokens and FLOPs of a stage."""
+    sampled: float = 0
+    read: float = 0                      # by a forward pass alone, prompts among them
+    trained: float = 0                   # by a forward and backward pass
+    flops: float = 0                     # of what is read and trained
+    decode_flops: float = 0
+    decode_bytes: float = 0              # read by decoding: the weights each step, the cache; bf16
+
+    def run(self, shape, sequences, prompt, response, times=2, head=0):
+        """Whole sequences through the layers, their responses through the head.
+
+        times, head: FLOPs a weight and token. 2 forward, 6 with backward; 8 where backward begins
+        with the forward pass again, as the layers' with checkpointing and linear_logprobs' does.
+        """
+        tokens = sequences * (prompt + response)
+        self.flops += times * tokens * (matrices(shape) + attended(shape) * (prompt + response) / 2)
+        self.flops += head * sequences * response * shape.vocab_size * shape.hidden_size
+        self.read += tokens * (times == 2)
+        self.trained += tokens * (times != 2)
+
+    def sample(self, shape, prompts, n, prompt, response, reach, slots):
+        """n samples of each prompt; a step attends to all `reach` positions of the cache."""
+        self.run(shape, prompts, prompt, 0)
+        tokens = prompts * n * response
+        numbers = matrices(shape) + shape.vocab_size * shape.hidden_size
+        cache = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * reach
+        self.sampled += tokens
+        self.decode_flops += 2 * tokens * (numbers + attended(shape) * reach)
+        self.decode_bytes += 2 * tokens * (numbers / min(slots, prompts * n) + cache)
+
+    def hours(self, card):
+        """A roofline: products at their share of the card's peak, decoding by the slower of its
+        products and its reads."""
+        products = PRODUCTS * card.flops
+        decode = max(self.decode_flops / products, self.decode_bytes / (BANDWIDTH * card.bandwidth))
+        return (self.flops / products + decode) / 3600
+
+
+def matrices(shape):
+    """Weights of the layers' matrices."""
+    heads = 2 * (shape.num_attention_heads + shape.num_key_value_heads) * shape.head_dim
+    return shape.num_hidden_layers * shape.hidden_size * (heads + 3 * shape.intermediate_size)
+
+
+def attended(shape):
+    """What attention multiplies for one token and one position that it sees, counted as weights."""
+    return 2 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim
+
+
+def cost(stage, settings, models, counts, slots=256, checkpoint=False):
+    """The Cost of a stage.
+
+    Args:
+        settings: {stage: config}. counts: {"train": questions, "test": questions}.
+        models: Configs of what the stage samples; all others have the last one's shape.
+    """
+    config, work, student = settings[stage], Cost(), models[-1]
+    long, prompt = PROMPTS[config.task]
+    response, times = config.max_new_tokens / 2, 8 if checkpoint else 6
+    samples, train, test = getattr(config, "samples", 0), counts["train"], counts["test"]
+    taught = getattr(settings.get("teacher"), "samples", 10)
+    sample = functools.partial(work.sample, prompt=prompt, response=response, slots=slots,
+                               reach=long + config.max_new_tokens)
+    run = functools.partial(work.run, student, prompt=prompt, response=response)
+    if stage == "teacher":
+        sample(student, train, samples)
+    elif stage == "sft":
+        run(config.epochs * train * taught * GOOD, times=times, head=6)
+    elif stage == "rm":
+        sample(student, train, samples)
+        run(config.epochs * train * (taught + samples), times=times)
+    elif stage == "rl":
+        prompts, drawn = config.steps * config.prompts, config.steps * config.prompts * samples
+        sample(student, prompts, samples)
+        for head in (2, 2, 0, 0):                    # policy, reference; value and reward model
+            run(drawn, head=head)
+        for head in (8, 0):                          # policy; value model
+            run(drawn * config.ppo_epochs, times=times, head=head)
+    else:
+        for model in models:
+            sample(model, test, 1 + samples)
+        run(len(models) * test * samples)            # the reward model
+    return work
+
+
+# ---- for people ----
+
+def named(stage, config):
+    """(name, role, revision) of each model that a stage samples; one behind a server is none."""
+    student = config.student, "student", config.revision
+    teacher = [(config.teacher, "teacher", config.teacher_revision)] * (not config.teacher_url)
+    if getattr(config, "models", ""):
+        return [(name, "models", "") for name in config.models.split(",")]
+    return {"teacher": teacher, "eval": teacher + [student] * 3}.get(stage, [student])
+
+
+def fitted(stage, config, model, counts, free, device):
+    """`choose` by a stage's config, for prompts of the task's usual lengths -> Choice, plan."""
+    fp32 = config.dtype == "fp32" or config.dtype == "auto" and device != "cuda"
+    where = dict(prompt=PROMPTS[config.task][0], response=config.max_new_tokens, device=device)
+    batch, samples = getattr(config, "batch_size", SCORED), getattr(config, "samples", 0)
+    jobs = samples * counts["test" if stage == "eval" else "train"]
+    if stage == "rl":
+        jobs = config.prompts * samples
+        batch = jobs // config.minibatches
+    args = stage, model, torch.float32 if fp32 else torch.bfloat16
+    choice = choose(*args, free, batch=batch, jobs=jobs, slots=config.slots, **where,
+                    micro_batch=getattr(config, "micro_batch", 0),
+                    checkpoint=getattr(config, "checkpoint", None))
+    return choice, plan(*args, batch=batch, micro_batch=choice.micro_batch, slots=choice.slots,
+                        checkpoint=choice.checkpoint, **where)
+
+
+def places(device):
+    """[(name, bytes that may be taken, device)]: this machine's, then cards by their memory."""
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    here = "mps" if here == "cpu" and torch.backends.mps.is_available() else here
+    asked = here if device == "auto" else device
+    own = [("here", free_bytes(asked), asked)] if asked in ("cpu", here) else []
+    return own + [(f"{gb} GB", int(gb * USED), "cuda") for gb in GBS]
+
+
+def report(settings, missing, counts):
+    """The text of --dry-run: what each stage takes of memory, what fits where, tokens and FLOPs;
+    then hours by stage and card.
+
+    Args:
+        settings: {stage: config}. missing: the stages that would run, in their order.
+        counts: {"train": questions, "test": questions}.
+    """
+    lines, hours = [], []
+    for stage in missing:
+        config, choices, memory = settings[stage], {}, ""
+        names = named(stage, config)
+        if not names:
+            lines.append(f"{stage}: {config.teacher_model}, behind a server: no memory here")
+            continue
+        models = [shape(*name) for name in names]
+        largest = max(models, key=parameters)
+        lines.append(f"{stage}: {', '.join(dict.fromkeys(name for name, *_ in names))}, at most "
+                     f"{parameters(largest):,} parameters; {LOADED[stage]}")
+        for place, free, device in places(config.device):
+            try:
+                choices[place], parts = fitted(stage, config, largest, counts, free, device)
+                lines.append(f"  {place:7} {choices[place].line}")
+                memory = memory or f"GB, {place}: " + ", ".join(
+                    f"{part} {size / 1e9:.2f}" for part, size in parts.items() if size)
+            except ValueError as error:
+                lines.append(f"  {place:7} {str(error).partition(', and ')[0]}")
+        lines += textwrap.wrap(memory, 98, initial_indent="  ", subsequent_indent="    ")
+        work = cost(stage, settings, models, counts)
+        lines.append(f"  M tokens: {work.sampled / 1e6:,.2f} sampled, {work.read / 1e6:,.2f} read, "
+                     f"{work.trained / 1e6:,.2f} trained on; without checkpointing "
+                     f"{(work.flops + work.decode_flops) / 1e15:,.3g} PFLOP")
+        fits = [(card, choices.get(f"{card.gb} GB")) for card in CARDS]
+        hours.append((stage, [cost(stage, settings, models, counts, c.slots, c.checkpoint)
+                              .hours(card) if c else math.nan for card, c in fits]))
+    hours.append(("total", [sum(column) for column in zip(*(row for _, row in hours))]))
+    prompt, width = PROMPTS[settings[missing[0]].task][1], 11
+    lines += ["", *textwrap.wrap(
+        f"Hours, an estimate from a roofline, not measured: {PRODUCTS:.0%} of a card's bf16 products "
+        f"a second, {BANDWIDTH:.0%} of its bandwidth; prompts of {prompt} tokens, responses half as "
+        f"long as --max-new-tokens, SFT on {GOOD:.0%} of the teacher's responses; held-out "
+        "evaluations are left out; nan: does not fit.", 100),
+        " " * 8 + "".join(f"{card.name:>{width}}" for card in CARDS)]
+    return "\n".join(lines + [f"{stage:8}" + "".join(f"{x:{width}.2g}" for x in row)
+                              for stage, row in hours])

@@ -201,8 +201,9 @@ def report(settings, missing, counts):
     hours.append(("total", [sum(column) for column in zip(*(row for _, row in hours))]))
     prompt, width = PROMPTS[settings[missing[0]].task][1], 11
     lines += ["", *textwrap.wrap(
-        f"Hours, an estimate from a roofline, not measured: {PRODUCTS:.0%} of a card's bf16 products "
-        f"a second, {BANDWIDTH:.0%} of its bandwidth; prompts of {prompt} tokens, responses half as "
+        f"Hours, an estimate from a roofline, not measured: {PRODUCTS:.0%} of a card's bf16 "
+        f"products a second, {BANDWIDTH:.0%} of its bandwidth; prompts of {prompt} tokens, "
+        "responses half as "
         f"long as --max-new-tokens, SFT on {GOOD:.0%} of the teacher's responses; held-out "
         "evaluations are left out; nan: does not fit.", 100),
         " " * 8 + "".join(f"{card.name:>{width}}" for card in CARDS)]

@@ -2,7 +2,8 @@
 
 SIZES says where a size's weights are, their shape, and who teaches it. SETTINGS gives each size
 its learning rates, prompts, samples and steps. What stands in neither is the same for all sizes:
-the default in the stage's own Config. A folder or a hub name as `--student` takes the column "other".
+the default in the stage's own Config. A folder or a hub name as `--student` takes the column
+"other".
 """
 
 from dataclasses import dataclass

@@ -91,7 +91,7 @@ def fitted(stage, config, model, dtype, device, prompt, response, batch=0, jobs=
 
 
 def memory_is_full(error):
-    """Did this RuntimeError come for want of memory? The CPU's allocator has no error of its own."""
+    """Did a RuntimeError come for want of memory? The CPU's allocator has no error of its own."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
@@ -158,7 +158,7 @@ def held_out(question_id, share=0.05):
 # ---- JSONL ----
 
 def read_jsonl(path):
-    """The complete lines of a JSONL file as dicts, [] if there is no file. A torn last one is left out."""
+    """The lines of a JSONL file as dicts; [] if there is no file. A torn last one is left out."""
     if not Path(path).exists():
         return []
     whole, _, _ = Path(path).read_bytes().rpartition(b"\n")

@@ -128,7 +128,7 @@ def arguments(stage, stages, doc):
 
 
 def convert(field, text):
-    """A flag's text (a bool, if it is yes or no) -> its value. Raises ValueError: what is wanted."""
+    """A flag's text (or a bool, yes or no) -> its value. Raises ValueError: what is wanted."""
     limits, value = field.metadata, text
     if field.type in (int, float):
         try:
@@ -237,7 +237,7 @@ def idle(given, values):
 # ---- settings.json ----
 
 def load(folder):
-    """{stage: {name: value}} of a run folder, {} if it has none. Raises ValueError if it is torn."""
+    """{stage: {name: value}} of a run folder, or {}. Raises ValueError if it is unreadable."""
     path = Path(folder) / "settings.json"
     if not path.exists():
         return {}
@@ -245,7 +245,8 @@ def load(folder):
         saved = json.loads(path.read_text(encoding="utf-8"))
         return {s: dict(values) for s, values in saved.items()}
     except (ValueError, AttributeError, TypeError, OSError) as error:
-        raise ValueError(f"{path} can't be read ({error}): delete it, or give another --out") from None
+        raise ValueError(f"{path} can't be read ({error}): delete it, or give another "
+                         "--out") from None
 
 
 def made(folder, stage):

@@ -31,7 +31,7 @@ from nanodistill.tokenizer import Tokenizer
 class Config(Common):
     epochs: float = flag(None, "passes over the responses; the best held-out loss among the "
                          "evaluations is kept", above=0)
-    batch_size: int = flag(None, "responses per optimizer step", least=1)
+    batch_size: int = flag(64, "responses per optimizer step", least=1)
     micro_batch: int = flag(0, "responses per forward and backward pass; the gradient does not "
                             "depend on it; 0 = as many as fit the memory", least=0, result=False)
     checkpoint: bool = flag(None, "activation checkpointing: a layer's activations are computed "

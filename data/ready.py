@@ -120,14 +120,15 @@ def writable(folder):
 def disk(config, student, stages, download):
     """Problems of space: what is fetched goes to the hub's cache, what is trained to --out."""
     count = fit.parameters(weights.load_config(student)) if student else 0
-    # fp32 folders that stay, and the largest checkpoint beside them: 4 bytes a parameter for the
-    # weights, 4 for the best ones, 8 for AdamW's moments; in PPO weights and moments of two models.
+    # fp32 folders that stay, and the largest checkpoint beside them, twice while a new one is
+    # written beside the old: 4 bytes a parameter for the weights, 4 for the best ones, 8 for
+    # AdamW's moments; in PPO weights and moments of two models.
     kept = 4 * count * len({"sft", "rm", "rl"} & set(stages))
     resume = max([0] + [{"sft": 16, "rm": 16, "rl": 24}[s] * count
                         for s in stages if s in ("sft", "rm", "rl")])
     problems, places = [], {}
     for path, size, what in ((Path(constants.HF_HUB_CACHE), download, "models to be fetched"),
-                             (Path(config.out), kept + resume, "weights and checkpoints")):
+                             (Path(config.out), kept + 2 * resume, "weights and checkpoints")):
         path = next(p for p in (path, *path.absolute().parents) if p.exists())
         use = places.setdefault(os.stat(path).st_dev, [path, 0, []])
         use[1] += size

@@ -34,7 +34,7 @@ def problems(url, model, key, timeout=10.0):
         answer = httpx2.get(url.rstrip("/") + "/models", timeout=timeout, follow_redirects=True,
                             headers={"Authorization": f"Bearer {key}"} if key else {})
         names = [entry["id"] for entry in answer.json()["data"]] if answer.is_success else []
-    except (httpx2.TransportError, httpx2.InvalidURL) as error:
+    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
         return [f"--teacher-url {url}: nobody answers there ({error or type(error).__name__})"]
     except (ValueError, KeyError, TypeError):
         return [f"--teacher-url {url}: what answers there is no OpenAI-compatible server (its "

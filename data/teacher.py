@@ -31,7 +31,7 @@ from nanodistill.tokenizer import Tokenizer
 
 @dataclass
 class Config(Common):
-    samples: int = flag(None, "responses per question", least=1)
+    samples: int = flag(10, "responses per question", least=1)
     temperatures: str = flag("0.7,0.8,0.9,1.0,1.1", "sampling temperatures, taken in turn by a "
                              "question's samples")
     min_agreement: float = flag(None, "a question whose winning answer has a smaller share of the "

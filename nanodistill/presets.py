@@ -71,10 +71,8 @@ STUDENTS = ("tiny", *(name for name, size in SIZES.items() if size.as_student))
 COLUMNS = ("tiny", "135m", "0.5b", "1b", "3b", "8b", "other")
 SETTINGS = {
     "max_new_tokens":          (56,    512,   512,   512,   512,   512,   512),
-    "teacher.samples":         (10,    10,    10,    10,    10,    10,    10),
     "teacher.min_agreement":   (0.4,   0.3,   0.3,   0.3,   0.3,   0.3,   0.3),
     "sft.epochs":              (3.0,   3.0,   3.0,   3.0,   2.0,   2.0,   3.0),
-    "sft.batch_size":          (64,    64,    64,    64,    64,    64,    64),
     "sft.learning_rate":       (5e-4,  1e-4,  2e-5,  1e-5,  1e-5,  5e-6,  1e-5),
     "rm.samples":              (4,     30,    30,    30,    30,    30,    30),
     "rm.batch_size":           (128,   64,    64,    64,    64,    64,    64),

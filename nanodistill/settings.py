@@ -279,7 +279,12 @@ def conflicts(folder, stage, configs, saved):
 
 def save(folder, stage, configs):
     """Write settings.json: this stage's settings, and those of the stages it may run."""
-    saved = load(folder)
+    asked = configs[stage]
+    run_wide = [f.name for f in dataclasses.fields(Common)
+                if f.metadata["run_wide"] and f.metadata["result"]]
+    # A section of another run that once had this folder, and left no work in it, goes.
+    saved = {s: values for s, values in load(folder).items()
+             if s in configs or all(values.get(k) == getattr(asked, k) for k in run_wide)}
     for s, config in configs.items():
         # What an older program or another folder's files were made with is not known.
         if s == stage or s in saved or not made(folder, s):

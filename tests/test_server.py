@@ -21,6 +21,14 @@ class Server:
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):                                    # the list of models
+                status, body = outer.models
+                outer.asked.append((self.path, self.headers.get("Authorization")))
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
             def do_POST(self):
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with outer.lock:
@@ -50,6 +58,7 @@ class Server:
             def log_message(self, *args):
                 pass
 
+        self.models, self.asked = (501, b""), []                 # not every server has one
         self.released = threading.Event()
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
@@ -164,3 +173,28 @@ def test_the_teacher_stage_through_a_server(serve, tmp_path):
     asked = len(server.requests)
     teacher.main(flags)
     assert len(server.requests) == asked == 7
+
+
+def test_the_hubs_token_is_nobodys_but_the_hubs(serve, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    server = serve()
+    ask(server, tmp_path)
+    client.problems(server.url, "m", "")
+    sent = [r["key"] for r in server.requests] + [key for _, key in server.asked]
+    assert len(sent) > 1 and not any("hf_secret" in (key or "") for key in sent)
+    ask_with_key = client.generate(server.url, "m", "own", {"z": "q"}, [1.0], 16, tmp_path / "own.jsonl")
+    list(ask_with_key)
+    assert server.requests[-1]["key"] == "Bearer own"
+
+
+@pytest.mark.parametrize("models, words", [
+    ((200, b'{"data": [{"id": "m"}, {"id": "other"}]}'), None), ((404, b""), None),
+    ((200, b'{"data": [{"id": "other"}]}'), "the server at"), ((401, b""), "set OPENAI_API_KEY"),
+    ((403, b""), "may not use this model"), ((200, b"<html>"), "no OpenAI-compatible server"),
+    ((200, b"[1]"), "no OpenAI-compatible server")])
+def test_the_server_is_tried_before_the_first_stage(serve, models, words):
+    server = serve()
+    server.models = models
+    found = client.problems(server.url, "m", "")
+    assert len(found) == (words is not None) and (words is None or words in found[0])
+    assert server.asked[0][0] == "/v1/models"

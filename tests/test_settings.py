@@ -140,6 +140,15 @@ def test_a_stage_started_later_takes_the_settings_of_the_run(tmp_path):
     assert (evaluated.student, evaluated.task, evaluated.seed) == ("135m", "gsm8k", 3)
 
 
+def test_no_section_of_another_run_stays_behind(tmp_path):
+    """train_sft.py knows nothing of PPO's section, which was another student's."""
+    settings.save(tmp_path, "rl", parse("--student", "135m", out=tmp_path))
+    settings.save(tmp_path, "sft", parse("--student", "1b", script=train_sft, stage="sft", out=tmp_path))
+    later = parse(out=tmp_path)
+    assert {c.student for c in later.values()} == {"1b"}
+    assert later["rl"].learning_rate == presets.settings("1b")["rl.learning_rate"]
+
+
 def test_a_folder_without_work_may_become_another_run(tmp_path):
     settings.save(tmp_path, "rl", parse("--student", "135m", out=tmp_path))
     config = parse("--student", "1b", out=tmp_path)["rl"]

@@ -140,6 +140,7 @@ def test_stopped_and_resumed_equals_unbroken(finished, tmp_path, monkeypatch, st
     monkeypatch.setattr(run, "interruptible", StopAfter(10**9))
     script.main(COMMON + flags + out)
     assert same_weights(folder, finished / stage)
+    assert not (folder / "resume.pt").exists()                           # for 1b it has 30 GB
     key = "score" if stage == "rl" else "loss"
     assert steps_of(tmp_path / "broken", stage, key) == steps_of(finished, stage, key) != {}
     with pytest.raises(SystemExit, match="complete"):                     # nothing is trained twice by accident
@@ -335,6 +336,58 @@ def test_where_memory_runs_out_smaller_micro_batches_learn_the_same(
     assert figures[0] and figures[1] == pytest.approx(figures[0], rel=1e-3)
     said = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
     assert said and len(said) == len(set(said)) <= 3                     # each size once, not each step
+
+
+@pytest.mark.parametrize("script, stage, flags, inputs, name, key", [
+    (train_sft, "sft", [*SFT, "--micro-batch", "8", "--learning-rate", "5e-5"],
+     ["teacher.jsonl", "labels.jsonl"],
+     "linear_cross_entropy", "loss"),
+    (train_rm, "rm", [*RM, *ADAMW, "--micro-batch", "8"],
+     ["teacher.jsonl", "labels.jsonl", "student.jsonl", "sft"], "bce_loss", "loss"),
+    (train_rl, "rl", ["--steps", "2", "--prompts", "32", "--micro-batch", "4"],
+     ["teacher.jsonl", "labels.jsonl", "student.jsonl", "sft", "rm"], "linear_logprobs",
+     "policy_loss")])
+def test_the_gradients_of_a_pass_that_failed_half_way_do_not_count(
+        finished, tmp_path, monkeypatch, script, stage, flags, inputs, name, key):
+    """Memory runs out once, in the second micro-batch: the first one's gradients are there."""
+    monkeypatch.setattr(run, "need", lambda *_: None)
+    whole, passes = getattr(script, name), []
+
+    def fails_once(*args, **kwargs):
+        passes.append(torch.is_grad_enabled())
+        if passes[-1] and sum(passes) == 2:
+            raise torch.OutOfMemoryError("made up")
+        return whole(*args, **kwargs)
+
+    figures = []
+    for disturbed in (False, True):
+        if disturbed:
+            monkeypatch.setattr(script, name, fails_once)
+        script.main([*COMMON, *flags, *copy(finished, tmp_path / str(disturbed), *inputs)])
+        weight = load_file(tmp_path / str(disturbed) / stage / "model.safetensors")
+        figures.append((list(steps_of(tmp_path / str(disturbed), stage, key).values()),
+                        weight["model.layers.0.mlp.up_proj.weight"]))
+    (losses, before), (again, after) = figures
+    start = load_file(tmp_path / "True" / "sft" / "model.safetensors" if stage != "sft" else
+                      weights.TINY / "student" / "model.safetensors")
+    moved = (before - start["model.layers.0.mlp.up_proj.weight"].float()).norm()
+    assert sum(passes) > 4 and again == pytest.approx(losses, rel=1e-3)
+    assert (after - before).norm() < 0.01 * moved
+
+
+def test_the_size_is_halved_until_it_fits_and_stays_so(capsys):
+    tried = []
+
+    def work(size, most):
+        tried.append(size)
+        if size > most:
+            raise torch.OutOfMemoryError("made up")
+        return "done"
+
+    assert run.halve_when_full(work, 16, "--micro-batch", 5) == ("done", 4)
+    assert tried == [16, 8, 4] and "with --micro-batch 4" in capsys.readouterr().err
+    with pytest.raises(torch.OutOfMemoryError):
+        run.halve_when_full(work, 2, "--micro-batch", 0)
 
 
 def test_a_device_too_small_for_anything_ends_in_a_message(finished, tmp_path, monkeypatch):

@@ -9,7 +9,6 @@ from conftest import random_model
 from safetensors.torch import load_file, save_file
 
 from nanodistill.model import CausalLM, ScalarModel
-from nanodistill import fit
 from nanodistill.weights import load, load_config, resolve, save, write_atomic
 
 

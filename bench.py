@@ -199,6 +199,7 @@ def ppo(args):
     """
     import train_rl
     from data import TASKS
+    from data import hub
     from nanodistill import weights
     from nanodistill.model import CausalLM, Config, ScalarModel, init_weights
     from nanodistill.tokenizer import Tokenizer
@@ -207,7 +208,7 @@ def ppo(args):
     folder, generator = Path(scratch.name), torch.Generator().manual_seed(0)
     config = Config(512, 256, 768, 4, 4, 2, 64, max_position_embeddings=256, tie_word_embeddings=True)
     for name, kind in (("sft", CausalLM), ("rm", ScalarModel)):
-        weights.save(init_weights(kind(config), generator), folder / name, weights.TINY / "student")
+        weights.save(init_weights(kind(config), generator), folder / name, hub.TINY / "student")
     questions = TASKS["arithmetic"](0).questions("train")
     (folder / "labels.jsonl").write_text("".join(json.dumps({"id": q["id"], "vote": "0"}) + "\n" for q in questions))
     flags = {"steps": 3, "prompts": 64, "samples": 1, "max-new-tokens": 64, "slots": 64, "ppo-epochs": 4, "minibatches": 4, "micro-batch": 16, "seed": 0,

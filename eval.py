@@ -11,16 +11,16 @@ interval of paired differences, and McNemar's exact p. For the reward model: AUC
 gold on test questions, beside that of each model's own sequence log-probability.
 """
 
+import io
 import json
 import math
-from collections import Counter
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
 import torch
 
-from data import ready, task_of
+from data import hub, prompts_of, ready, response_ids, task_of
 from nanodistill import fit, run, settings, vote, weights
 from nanodistill.generate import generate
 from nanodistill.model import ScalarModel
@@ -77,18 +77,49 @@ def true_accuracy(task, split, ids, texts):
     return {"true_accuracy": sum(right) / len(right)} if right else {}
 
 
-def sample(model, tokenizer, task, questions, n, temperature, max_new_tokens, slots, description):
-    """[[Sample] * n] for each question, with `text` and `answer` set on each."""
-    rows = [[None] * n for _ in questions]
-    prompts = [tokenizer.prompt_ids(task.prompt(q["question"])) for q in questions]
-    done = generate(model, prompts, n=n, temperature=temperature, max_new_tokens=max_new_tokens,
-                    slots=slots, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id,
-                    seed=torch.initial_seed())
-    for i, j, s in run.Bar(done, total=n * len(questions), desc=description, unit="response"):
-        s.text = tokenizer.decode(s.tokens)
-        s.answer = task.extract_answer(s.text, questions[i]["question"]) if s.ended else None
-        rows[i][j] = s
-    return rows
+class Samples:
+    """The samples of one model, in a file that a stopped evaluation goes on from.
+
+    Its first line says what they were made from; a file of something else is begun anew.
+    `config`: the settings; `path`: the model's folder.
+    """
+
+    def __init__(self, file, path, config):
+        origin = {"model": run.digest(path), **{k: getattr(config, k) for k in (
+            "task", "data", "seed", "max_new_tokens", "dtype", "date")}}
+        file.parent.mkdir(exist_ok=True)
+        rows = run.read_jsonl(file)
+        if rows[:1] != [origin]:
+            weights.write_atomic(file, json.dumps(origin) + "\n")
+        self.rows = {(row["what"], row["id"]): row["responses"] for row in rows[1:]
+                     if rows[0] == origin}
+        self.append = run.Appender(file)
+
+    def __call__(self, what, questions, n, temperature, prompts, model, tokenizer, task, slots,
+                 max_new_tokens):
+        """[[{"text", "answer", "ended", "tokens", "logprob"}] * n] for each question.
+
+        logprob: of all tokens. A question without a prompt, which was too long, has no answer.
+        """
+        none = [{"text": "", "answer": None, "ended": False, "tokens": [], "logprob": 0.0}] * n
+        have = {id_: rows for (kind, id_), rows in self.rows.items()
+                if kind == what and len(rows) >= n}
+        todo = [q for q in questions if q["id"] in prompts and q["id"] not in have]
+        done = generate(model, [prompts[q["id"]] for q in todo], ids=[q["id"] for q in todo], n=n,
+                        temperature=temperature, max_new_tokens=max_new_tokens, slots=slots,
+                        eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id,
+                        seed=torch.initial_seed())
+        total = n * len(questions)
+        for i, j, s in run.Bar(done, total=total, initial=total - n * len(todo), desc=what,
+                               unit="response"):
+            text, q = tokenizer.decode(s.tokens), todo[i]
+            answer = task.extract_answer(text, q["question"]) if s.ended else None
+            row = have.setdefault(q["id"], [None] * n)
+            row[j] = {"text": text, "answer": answer, "ended": s.ended, "tokens": s.tokens,
+                      "logprob": sum(s.logprobs)}
+            if None not in row:
+                self.append({"what": what, "id": q["id"], "responses": row})
+        return [have.get(q["id"], none)[:n] for q in questions]
 
 
 def main(argv=None):
@@ -101,88 +132,97 @@ def main(argv=None):
     task = task_of(config)
     metrics = run.Metrics(folder, "eval")
     if config.models:
-        folders = {name: weights.resolve(name, "models") for name in config.models.split(",")}
+        folders = {name: hub.resolve(name, "models") for name in config.models.split(",")}
     else:
         folders = {} if config.teacher_url else {
-            "teacher": weights.resolve(config.teacher, "teacher", config.teacher_revision)}
-        folders |= {"base": weights.resolve(config.student, "student", config.revision),
+            "teacher": hub.resolve(config.teacher, "teacher", config.teacher_revision)}
+        folders |= {"base": hub.resolve(config.student, "student", config.revision),
                     "sft": folder / "sft", "rl": folder / "rl"}
-        folders = {name: path for name, path in folders.items() if weights.complete(path)}
+        for name in [name for name, path in folders.items() if not weights.complete(path)]:
+            print(f"eval: {folders.pop(name)} holds no whole model: left out")
     questions = task.questions("test")[:config.questions or None]
     gold = task.gold("test")
-    labels = {row["id"]: row for row in run.read_jsonl(folder / "labels.jsonl")}
+    labels = {} if config.models else {
+        row["id"]: row for row in run.read_jsonl(folder / "labels.jsonl", "id", "vote")}
     held_out = [q for q in (task.questions("train") if labels else [])
                 if run.held_out(q["id"]) and labels.get(q["id"], {}).get("vote") is not None]
 
     # ---- every model on the test questions ----
     report = {"seed": config.seed, "task": config.task, "models": {}, "pairs": {}}
-    right, sampled, held_out_samples = {}, {}, {}
+    right, sampled, held_out_samples = {}, {}, []
     for name, path in folders.items():
-        extra = held_out if name == "rl" else []
+        extra, n = held_out if name == "rl" else [], config.samples
         if not questions + extra:
             continue
-        tokenizer, n = Tokenizer(path), config.samples
-        longest = max(len(tokenizer.prompt_ids(task.prompt(q["question"])))
-                      for q in questions + extra)
-        slots = run.fitted("eval", config, weights.load_config(path), dtype, device, longest,
-                           config.max_new_tokens, batch=fit.SCORED,
-                           jobs=n * len(questions + extra)).slots
+        tokenizer, shape = Tokenizer(path, config.date), weights.load_config(path)
+        prompts = prompts_of(task, tokenizer, questions + extra,
+                             shape.max_position_embeddings - config.max_new_tokens)
+        slots = run.fitted("eval", config, shape, dtype, device, max(map(len, prompts.values())),
+                           config.max_new_tokens, batch=fit.SCORED, jobs=n * len(prompts)).slots
         model = weights.load(path, device=device, dtype=dtype)
-        how = config.max_new_tokens, slots
+        file = name if not config.models else f"{Path(name).name}-{run.digest(path)[:8]}"
+        samples = Samples(folder / "samples" / f"{file}.jsonl", path, config)
+        how = prompts, model, tokenizer, task, slots, config.max_new_tokens
         if extra:
-            held_out_samples[name] = sample(model, tokenizer, task, extra, n, 1.0, *how,
-                                            f"{name}, held-out questions")
+            held_out_samples = samples(f"{name}, held-out questions", extra, n, 1.0, *how)
         if not questions:
             continue
-        greedy = sample(model, tokenizer, task, questions, 1, 0.0, *how, f"{name}, greedy")
-        sampled[name] = sample(model, tokenizer, task, questions, n, 1.0, *how,
-                               f"{name}, {n} samples")
-        right[name] = [task.equal(s.answer, gold.get(q["id"]))
+        greedy = samples(f"{name}, greedy", questions, 1, 0.0, *how)
+        sampled[name] = samples(f"{name}, sampled", questions, n, 1.0, *how)
+        right[name] = [task.equal(s["answer"], gold.get(q["id"]))
                        for q, (s,) in zip(questions, greedy)]
         low, high = wilson(sum(right[name]), len(questions))
-        hits = [[task.equal(s.answer, gold.get(q["id"])) for s in row]
+        hits = [[task.equal(s["answer"], gold.get(q["id"])) for s in row]
                 for q, row in zip(questions, sampled[name])]
-        voted = [Counter(s.answer for s in row).most_common(1)[0][0] for row in sampled[name]]
-        majority = [task.equal(v, gold.get(q["id"])) for q, v in zip(questions, voted)]
-        tokens = sum(len(s.tokens) for row in sampled[name] for s in row)
+        # Of t answers that lead together each counts 1 / t; a missing answer never leads.
+        leaders = [vote.plurality([s["answer"] for s in row]) for row in sampled[name]]
+        majority = [sum(task.equal(v, gold.get(q["id"])) for v in tied) / max(len(tied), 1)
+                    for q, tied in zip(questions, leaders)]
+        every = [s for row in sampled[name] for s in row]
         report["models"][name] = {
             "greedy": {"accuracy": sum(right[name]) / len(questions), "low": low, "high": high,
                        "n": len(questions)},
             f"mean@{n}": sum(map(sum, hits)) / (len(questions) * n),
             f"maj@{n}": sum(majority) / len(questions),
             f"pass@{n}": sum(map(any, hits)) / len(questions),
-            "length": tokens / (len(questions) * n)}
+            "length": sum(len(s["tokens"]) for s in every) / len(every),
+            "cut_off": sum(not s["ended"] for s in every) / len(every),
+            "no_answer": sum(s["ended"] and s["answer"] is None for s in every) / len(every)}
         del model
     for b, a in combinations(right, 2):
         report["pairs"][f"{a}-{b}"] = paired(right[a], right[b])
 
     # ---- the reward model ----
     if not config.models and weights.complete(folder / "rm"):
-        tokenizer = Tokenizer(folder / "rm")
+        tokenizer = Tokenizer(folder / "rm", config.date)
         model = weights.load(folder / "rm", ScalarModel, device=device, dtype=dtype)
 
-        def scores(rows):
-            """Scores of [(question, text, ended)]."""
-            ids = [tokenizer.prompt_ids(task.prompt(q)) + tokenizer.encode(text)
-                   + [tokenizer.eos_ids[0]] * ended for q, text, ended in rows]
-            return score_sequences(model, ids, fit.SCORED)
+        def scores(pairs, own):
+            """Scores of [(question, response)]; `own`: their tokens are this tokenizer's."""
+            return score_sequences(model, [
+                tokenizer.prompt_ids(task.prompt(q["question"]))
+                + response_ids(tokenizer, r, own) for q, r in pairs], fit.SCORED)
 
         figures = {"auc": {}, "auc_gold": {}, "auc_own_logprob": {}, "held_out": {}}
         for name, file in (("teacher", "teacher.jsonl"), ("sft", "student.jsonl"), ("rl", None)):
+            rows = dict(zip((q["id"] for q in held_out), held_out_samples))
             if file:
-                rows = {row["id"]: row["responses"] for row in run.read_jsonl(folder / file)}
-                flat = [(q, r["text"], r["ended"], r["answer"]) for q in held_out for r in rows[q["id"]]]
-            else:
-                flat = [(q, s.text, s.ended, s.answer) for q, row in zip(held_out, held_out_samples.get("rl", [])) for s in row]
-            if flat:
-                figures["held_out"][name] = measure(scores([(q["question"], text, ended) for q, text, ended, _ in flat]),
-                                                    [task.equal(answer, labels[q["id"]]["vote"]) for q, _, _, answer in flat])
+                rows = {row["id"]: row["responses"]
+                        for row in run.read_jsonl(folder / file, "id", "responses")}
+            pairs = [(q, r) for q in held_out for r in rows.get(q["id"], [])]
+            if pairs:
+                figures["held_out"][name] = measure(
+                    scores(pairs, name != "teacher"),
+                    [task.equal(r["answer"], labels[q["id"]]["vote"]) for q, r in pairs])
                 figures["auc"][name] = figures["held_out"][name]["auc"]
+            elif held_out and file:
+                print(f"eval: {folder / file} has no response to a held-out question: the reward "
+                      f"model's figures on the responses of {name} are left out")
             if name in sampled:
-                flat = [(q, s) for q, row in zip(questions, sampled[name]) for s in row]
-                truth = [task.equal(s.answer, gold.get(q["id"])) for q, s in flat]
-                figures["auc_gold"][name] = auc(scores([(q["question"], s.text, s.ended) for q, s in flat]), truth)
-                figures["auc_own_logprob"][name] = auc([sum(s.logprobs) for _, s in flat], truth)
+                pairs = [(q, s) for q, row in zip(questions, sampled[name]) for s in row]
+                truth = [task.equal(s["answer"], gold.get(q["id"])) for q, s in pairs]
+                figures["auc_gold"][name] = auc(scores(pairs, name != "teacher"), truth)
+                figures["auc_own_logprob"][name] = auc([s["logprob"] for _, s in pairs], truth)
         report["reward_model"] = figures
 
     # ---- the votes, the RL run, the durations ----
@@ -225,11 +265,14 @@ def markdown(report, config):
                   "with a `question` and an `answer` a line, beside train.jsonl."]
         return "\n".join(lines + rest(report)) + "\n"
     lines += [
-             f"| model | greedy | 95% interval | mean@{k} | maj@{k} | pass@{k} | length |", "|---|---|---|---|---|---|---|"]
+        f"| model | greedy | 95% interval | mean@{k} | maj@{k} | pass@{k} | length | cut off "
+        "| no answer |", "|---|---|---|---|---|---|---|---|---|"]
     for name, m in report["models"].items():
         g = m["greedy"]
-        lines.append(f"| {name} | {g['accuracy']:.1%} | {g['low']:.1%} to {g['high']:.1%} | {m[f'mean@{k}']:.1%} | {m[f'maj@{k}']:.1%} "
-                     f"| {m[f'pass@{k}']:.1%} | {m['length']:.1f} |")
+        lines.append(
+            f"| {name} | {g['accuracy']:.1%} | {g['low']:.1%} to {g['high']:.1%} "
+            f"| {m[f'mean@{k}']:.1%} | {m[f'maj@{k}']:.1%} | {m[f'pass@{k}']:.1%} "
+            f"| {m['length']:.1f} | {m['cut_off']:.1%} | {m['no_answer']:.1%} |")
     n = next(iter(report["models"].values()))["greedy"]["n"]
     lines += ["", f"{n} test questions; length in tokens. Two models on the same questions, greedy:", "",
               "| pair | difference, points | 95% interval | p (McNemar) |", "|---|---|---|---|"]
@@ -282,13 +325,15 @@ def plot(report, folder):
     axis, names = axes.flat[5], list(report["models"])
     greedy = [report["models"][name]["greedy"] for name in names]
     heights = [100 * g["accuracy"] for g in greedy]
-    errors = [[100 * (g["accuracy"] - g["low"]) for g in greedy], [100 * (g["high"] - g["accuracy"]) for g in greedy]]
+    # At 0% and 100% rounding may put the accuracy a hair outside of its interval.
+    errors = [[max(100 * (g["accuracy"] - g["low"]), 0) for g in greedy],
+              [max(100 * (g["high"] - g["accuracy"]), 0) for g in greedy]]
     axis.bar([Path(name).name for name in names], heights, yerr=errors, capsize=4, color=["#a9a9a9", "#d9d9d9", "#89c2d9", "#2a6f97"][-len(names):])
     axis.set(title="test accuracy, greedy, 95% intervals", ylabel="%")
-    beside = folder / "curves.partial.png"
-    figure.savefig(beside, dpi=110)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110)
     plt.close(figure)
-    beside.replace(folder / "curves.png")
+    weights.write_atomic(folder / "curves.png", picture.getvalue())
 
 
 if __name__ == "__main__":

@@ -18,12 +18,13 @@ Left out: an entropy bonus, a choice among checkpoints (the last one is the resu
 import random
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 import eval as evaluation
 import train_rm
-from data import ready, task_of
+from data import prompts_of, ready, task_of
 from nanodistill import ppo, run, settings, weights
 from nanodistill.generate import generate
 from nanodistill.losses import linear_logprobs
@@ -76,7 +77,7 @@ class Config(Common):
                                  "ends", least=0)
     value_from: str = flag("reward", "what the value model starts from: the reward model or the "
                            "policy", ("reward", "policy"))
-    save_every: int = flag(20, "steps between checkpoints", least=1, result=False)
+    save_minutes: float = flag(10.0, "time between checkpoints", above=0, result=False)
 
     def problems(self, given):
         batch = self.prompts * self.samples
@@ -96,29 +97,35 @@ def main(argv=None):
     config = configs["rl"]
     if config.dry_run:
         return print(ready.dry_run("rl", configs))
+    if run.finished(config.out, "rl"):
+        report = Path(config.out, "report.md")
+        run.need(report.exists(), report, "eval.py", config)
+        return print(f"\n{report.read_text(encoding='utf-8')}")
     ready.check("rl", configs)
     folder, device, dtype = run.start(configs, "rl")
     batch_size = config.prompts * config.samples
     minibatch = batch_size // config.minibatches
     run.need(weights.complete(folder / "rm"), folder / "rm", "train_rm.py", config)
-    if weights.complete(folder / "rl"):
-        run.need((folder / "report.md").exists(), folder / "report.md", "eval.py", config)
-        sys.exit(f"{folder / 'rl'} is complete; delete it to train again. The table: "
-                 f"{folder / 'report.md'}")
+    run.made_from(folder, "rl", "labels.jsonl", "sft", "rm")
 
     # ---- data: the questions that have a vote, less the held-out ones ----
-    tokenizer, task = Tokenizer(folder / "sft"), task_of(config)
-    voted = {row["id"] for row in run.read_jsonl(folder / "labels.jsonl") if row["vote"] is not None}
-    questions = [q for q in task.questions("train") if q["id"] in voted and not run.held_out(q["id"])]
-    prompts = {q["id"]: tokenizer.prompt_ids(task.prompt(q["question"])) for q in questions}
+    tokenizer, task = Tokenizer(folder / "sft", config.date), task_of(config)
+    shape = weights.load_config(folder / "sft")
+    voted = {row["id"] for row in run.read_jsonl(folder / "labels.jsonl", "id", "vote")
+             if row["vote"] is not None}
+    questions = [q for q in task.questions("train")
+                 if q["id"] in voted and not run.held_out(q["id"])]
+    prompts = prompts_of(task, tokenizer, questions,
+                         shape.max_position_embeddings - config.max_new_tokens)
+    questions = [q for q in questions if q["id"] in prompts]
+    asked = {q["id"]: q["question"] for q in questions}
     if not questions:
         sys.exit(f"{folder / 'labels.jsonl'} holds no vote on a question that is not held out: "
                  "there is nothing to ask.")
     print(f"rl: {len(questions)} questions, {batch_size} responses a step, "
           f"{config.ppo_epochs} x {config.minibatches} minibatches of {minibatch}")
-    choice = run.fitted("rl", config, weights.load_config(folder / "sft"), dtype, device,
-                        max(map(len, prompts.values())), config.max_new_tokens, batch=minibatch,
-                        jobs=batch_size)
+    choice = run.fitted("rl", config, shape, dtype, device, max(map(len, prompts.values())),
+                        config.max_new_tokens, batch=minibatch, jobs=batch_size)
     micro_batch, slots = choice.micro_batch, choice.slots
 
     # ---- models and optimizers: fp32 weights for what is trained, the arithmetic's dtype for what is frozen ----
@@ -171,7 +178,10 @@ def main(argv=None):
                 old_logprobs[at], entropy[at] = response_logprobs(policy, some_rows, some_responses)
                 ref_logprobs[at], _ = response_logprobs(reference, some_rows, some_responses)
                 old_values[at] = response_values(some_rows, some_responses)
-                scores[torch.tensor(some).to(device)] = squash(score(reward_model, some_rows))
+                # It has learned one stop token: the first stands for whichever came.
+                closed = [row[:-1] + [tokenizer.eos_ids[0]] if r.ended else row
+                          for row, r in zip(some_rows, some_responses)]
+                scores[torch.tensor(some).to(device)] = squash(score(reward_model, closed))
         return *grids, scores
 
     def gradients(micro_batch, chosen, rows, responses, old_logprobs, advantages, old_values, returns):
@@ -205,8 +215,9 @@ def main(argv=None):
         return stats
 
     # ---- loop ----
-    metrics = run.Metrics(folder, "rl")
     state = run.load_checkpoint(folder / "rl" / "resume.pt", config)
+    metrics, watch = run.Metrics(folder, "rl", anew=not state), run.Watch("rl")
+    time_to_save = run.every(config.save_minutes)
     if state:
         policy.load_state_dict(state["policy"])
         value_model.load_state_dict(state["value_model"])
@@ -268,18 +279,21 @@ def main(argv=None):
                     for key, value in mb_stats.items():
                         stats[key] = stats.get(key, 0) + value
                     updates += 1
-                    stopped = mb_stats["approx_kl"].item() > config.kl_limit                          # the one sync of an update
+                    # The one sync of an update.
+                    stopped = not mb_stats["approx_kl"].item() <= config.kl_limit
+                    norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), config.max_grad_norm)
+                             for m in (policy, value_model)]
                     if not stopped:
-                        torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
                         policy_optimizer.step()
-                    torch.nn.utils.clip_grad_norm_(value_model.parameters(), config.max_grad_norm)
                     value_optimizer.step()
+                    watch(step, *mb_stats.values(), *norms, kl, scores.sum())
                     policy_optimizer.zero_grad(set_to_none=True)
                     value_optimizer.zero_grad(set_to_none=True)
                     if stopped:
                         break
                 if stopped:
                     break
+            watch.settle()
             if config.kl_control == "adaptive":
                 kl_coef = ppo.adapt_kl(kl_coef, kl.item(), config.kl_target, batch_size)
 
@@ -288,6 +302,8 @@ def main(argv=None):
             sampled = torch.tensor([p for r in responses for p in r.logprobs]).to(device)
             gap = sampled - old_logprobs.flatten()[places(lengths, range(batch_size))]
             texts = [tokenizer.decode(r.tokens) if r.ended else "" for r in responses]
+            answered = [task.extract_answer(text, asked[id_]) is not None
+                        for id_, text in zip(chosen, texts)]
             row = metrics(
                 step, score=scores.mean(), rewards=rewards.sum(1).mean(), kl=kl, kl_coef=kl_coef,
                 learning_rate=policy_optimizer.param_groups[0]["lr"],
@@ -298,23 +314,30 @@ def main(argv=None):
                 explained_variance=ppo.explained_variance(old_values, returns, response_mask),
                 entropy=ppo.masked_mean(entropy, response_mask),
                 length=sum(lengths) / batch_size, ended=ended.float().mean(),
+                answered=sum(answered) / batch_size,
                 **evaluation.true_accuracy(task, "train", chosen, texts))
             shown = {"score": "score", "kl": "kl", "true_accuracy": "true", "length": "length"}
             bar.set_postfix({shown[k]: f"{row[k]:.2f}" for k in shown if k in row})
 
             # ---- save ----
-            stopping = stop()                                        # asked once a step: an interrupt between two askings would not be saved
-            if stopping or (step + 1) % config.save_every == 0:
+            # Asked once a step: an interrupt between two askings would not be saved.
+            stopping = stop()
+            if stopping or time_to_save():
+                watch.settle(policy, value_model)
                 run.save_checkpoint(folder / "rl" / "resume.pt", config, policy=policy.state_dict(), value_model=value_model.state_dict(),
                                     policy_optimizer=policy_optimizer.state_dict(), value_optimizer=value_optimizer.state_dict(),
                                     step=step + 1, kl_coef=kl_coef, micro_batch=micro_batch, slots=slots,
                                     seconds=metrics.seconds(seconds))
             if stopping:
                 sys.exit("stopped after saving; the same command goes on from here")
+    watch.settle(policy)
+    if first < config.steps:
+        print(f"rl: in the last step {1 - row['ended']:.1%} of the responses were cut off, "
+              f"{row['ended'] - row['answered']:.1%} ended without an answer")
     metrics(config.steps, seconds=metrics.seconds(seconds))
+    (folder / "report.md").unlink(missing_ok=True)                   # of an earlier student
     weights.save(policy, folder / "rl", folder / "sft")
     print(f"rl: -> {folder / 'rl'}")
-    (folder / "report.md").unlink(missing_ok=True)                                                    # of an earlier student
     (folder / "rl" / "resume.pt").unlink(missing_ok=True)
     run.need(False, folder / "report.md", "eval.py", config)
 

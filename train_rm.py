@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 
 import train_sft
-from data import ready, task_of
-from data.teacher import collect, local
+from data import prompts_of, ready, response_ids, task_of
+from data.teacher import collect, local, shares
 from nanodistill import run, settings, weights
 from nanodistill.model import ScalarModel, pack
 from nanodistill.reward import bce_loss, bt_loss, calibration, measure, score, score_sequences
@@ -58,6 +58,7 @@ class Config(Common):
     weight_decay: float = flag(0.0, "AdamW's", least=0)
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm", above=0)
     evals: int = flag(6, "held-out evaluations in the whole run", least=1)
+    save_minutes: float = flag(10.0, "time between checkpoints", above=0, result=False)
 
     def problems(self, given):
         idle = "token_loss" in given and self.rm_loss == "bt"
@@ -72,40 +73,50 @@ def main(argv=None):
     config = configs["rm"]
     if config.dry_run:
         return print(ready.dry_run("rm", configs))
+    if run.finished(config.out, "rm"):
+        return
     ready.check("rm", configs)
     folder, device, dtype = run.start(configs, "rm")
     run.need(weights.complete(folder / "sft"), folder / "sft", "train_sft.py", config)
-    if weights.complete(folder / "rm"):
-        sys.exit(f"{folder / 'rm'} is complete; delete it to train again")
 
-    # ---- data: the student's samples, then {source: [(question id, prompt length, prompt + response ids, label)]}, trained on and held out ----
-    tokenizer, task = Tokenizer(folder / "sft"), task_of(config)
-    metrics = run.Metrics(folder, "rm")
-    votes = {row["id"]: row["vote"] for row in run.read_jsonl(folder / "labels.jsonl") if row["vote"] is not None}
-    teacher_rows = sorted((row for row in run.read_jsonl(folder / "teacher.jsonl") if row["id"] in votes), key=lambda row: row["id"])
-    prompts = {row["id"]: tokenizer.prompt_ids(task.prompt(row["question"]))
-               for row in teacher_rows}
+    # ---- data: the student's samples, then {source: [(question id, prompt length, prompt +
+    # response ids, label)]}, trained on and held out ----
+    tokenizer, task = Tokenizer(folder / "sft", config.date), task_of(config)
+    shape = weights.load_config(folder / "sft")
+    votes = {row["id"]: row["vote"] for row in run.read_jsonl(folder / "labels.jsonl", "id", "vote")
+             if row["vote"] is not None}
+    teacher_rows = {row["id"]: row
+                    for row in run.read_jsonl(folder / "teacher.jsonl", "id", "responses")}
+    teacher_rows = [teacher_rows[id_] for id_ in sorted(teacher_rows.keys() & votes.keys())]
+    prompts = prompts_of(task, tokenizer, teacher_rows,
+                         shape.max_position_embeddings - config.max_new_tokens)
+    teacher_rows = [row for row in teacher_rows if row["id"] in prompts]
     if not prompts:
         sys.exit(f"{folder / 'labels.jsonl'} holds no vote: there is nothing to learn from.")
     batch_size = config.batch_size
-    choice = run.fitted("rm", config, weights.load_config(folder / "sft"), dtype, device,
+    choice = run.fitted("rm", config, shape, dtype, device,
                         max(map(len, prompts.values())), config.max_new_tokens,
                         batch=batch_size * (1 + (config.rm_loss == "bt")),
                         jobs=len(prompts) * config.samples)
     micro_batch = choice.micro_batch
+    run.made_from(folder, "student.jsonl", "sft")
     sampler = local(weights.load(folder / "sft", device=device, dtype=dtype), tokenizer, task,
                     config.max_new_tokens, choice.slots)
-    student_rows = collect(folder / "student.jsonl", [{"id": row["id"], "question": row["question"]} for row in teacher_rows],
-                           task, sampler, [1.0] * config.samples, "student")
+    student_rows = collect(
+        folder / "student.jsonl", [{k: row[k] for k in ("id", "question")} for row in teacher_rows],
+        task, sampler, [1.0] * config.samples, "student", keep_tokens=True)
     del sampler
+    run.made_from(folder, "rm", "teacher.jsonl", "labels.jsonl", "student.jsonl", "sft")
     train, held_out = {"teacher": [], "student": []}, {"teacher": [], "student": []}
     for source, rows in (("teacher", teacher_rows), ("student", student_rows)):
         for row in rows:
             prompt = prompts[row["id"]]
             split = held_out if run.held_out(row["id"]) else train
-            for r in row["responses"]:
-                ids = prompt + tokenizer.encode(r["text"]) + [tokenizer.eos_ids[0]] * r["ended"]
-                split[source].append((row["id"], len(prompt), ids, task.equal(r["answer"], votes[row["id"]])))
+            for r in (r for r in row["responses"] if "failed" not in r):
+                ids = prompt + response_ids(tokenizer, r)
+                if len(ids) <= shape.max_position_embeddings:
+                    split[source].append((row["id"], len(prompt), ids,
+                                          task.equal(r["answer"], votes[row["id"]])))
     examples = [e for source, rows in train.items() if config.rm_data in (source, "both") for e in rows]
     if config.rm_loss == "bt":                                     # as many pairs a question as its rarer kind allows
         by_question = {}
@@ -170,6 +181,8 @@ def main(argv=None):
     # ---- loop ----
     step, best, best_weights, seconds = 0, -1.0, None, 0.0
     state = run.load_checkpoint(folder / "rm" / "resume.pt", config)
+    metrics, watch = run.Metrics(folder, "rm", anew=not state), run.Watch("rm")
+    time_to_save = run.every(config.save_minutes)
     if state:
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"]):
@@ -182,6 +195,7 @@ def main(argv=None):
     with run.interruptible() as stop, bar:
         while step < steps:
             if step and step % max(steps // config.evals, 1) == 0:
+                watch.settle()
                 (_, figures), micro_batch = run.halve_when_full(evaluate, micro_batch,
                                                                 "--micro-batch")
                 metrics(step, **{f"{k}_{s}": v for s, f in figures.items() for k, v in f.items()})
@@ -200,17 +214,22 @@ def main(argv=None):
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             step += 1
+            watch(step, total, norm)
             bar.update()
             if step % 10 == 0:
-                bar.set_postfix(loss=f"{metrics(step, loss=total, grad_norm=norm, learning_rate=rate)['loss']:.4f}")
-            stopping = stop()                                        # asked once a step: an interrupt between two askings would not be saved
-            if stopping or step % 500 == 0:
+                row = metrics(step, loss=total, grad_norm=norm, learning_rate=rate)
+                bar.set_postfix(loss=f"{row['loss']:.4f}")
+            # Asked once a step: an interrupt between two askings would not be saved.
+            stopping = stop()
+            if stopping or time_to_save():
+                watch.settle(model)
                 run.save_checkpoint(folder / "rm" / "resume.pt", config, model=model.state_dict(), step=step, best=best, micro_batch=micro_batch,
                                     optimizers=[optimizer.state_dict() for optimizer in optimizers], best_weights=best_weights, seconds=metrics.seconds(seconds))
             if stopping:
                 sys.exit("stopped after saving; the same command goes on from here")
 
     # ---- save ----
+    watch.settle(model)
     (scores, figures), micro_batch = run.halve_when_full(evaluate, micro_batch, "--micro-batch")
     if figures["student"]["auc"] < best:
         model.load_state_dict(best_weights, strict=False)
@@ -224,7 +243,8 @@ def main(argv=None):
     together = score_sequences(model, some, micro_batch)
     gap = max((abs(a - b) for a, b in zip(alone, together)), default=0.0)
     print(f"rm: score alone against score in a padded batch: largest difference {gap:.1e}")
-    metrics(step, **{f"{k}_{s}": v for s, f in figures.items() for k, v in f.items()}, padding_gap=gap, seconds=metrics.seconds(seconds))
+    metrics(step, **{f"{k}_{s}": v for s, f in figures.items() for k, v in f.items()}, padding_gap=gap,
+            **shares(student_rows), seconds=metrics.seconds(seconds))
     weights.save(model, folder / "rm", folder / "sft")
     (folder / "rm" / "resume.pt").unlink(missing_ok=True)
     print(f"rm: -> {folder / 'rm'}")

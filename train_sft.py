@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from data import ready, task_of, teacher
+from data import hub, prompts_of, ready, task_of, teacher
 from nanodistill import run, settings, weights
 from nanodistill.losses import linear_cross_entropy
 from nanodistill.model import pack
@@ -44,6 +44,7 @@ class Config(Common):
     weight_decay: float = flag(0.0, "AdamW's", least=0)
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm", above=0)
     evals_an_epoch: int = flag(2, "held-out evaluations per epoch", least=1)
+    save_minutes: float = flag(10.0, "time between checkpoints", above=0, result=False)
 
 
 STAGES = {**teacher.STAGES, "sft": Config}
@@ -54,24 +55,35 @@ def main(argv=None):
     config = configs["sft"]
     if config.dry_run:
         return print(ready.dry_run("sft", configs))
+    if run.finished(config.out, "sft"):
+        return
     ready.check("sft", configs)
     folder, device, dtype = run.start(configs, "sft")
     run.need((folder / "labels.jsonl").exists(), folder / "labels.jsonl", "data/teacher.py",
              config)
-    if weights.complete(folder / "sft"):
-        sys.exit(f"{folder / 'sft'} is complete; delete it to train again")
+    source = hub.resolve(config.student, "student", config.revision)
+    run.made_from(folder, "sft", "teacher.jsonl", "labels.jsonl", source.resolve())
 
     # ---- data: (prompt ids, response ids) of each distinct vote-consistent response ----
-    source = weights.resolve(config.student, "student", config.revision)
-    tokenizer, task = Tokenizer(source), task_of(config)
-    labels = {row["id"]: row["labels"] for row in run.read_jsonl(folder / "labels.jsonl")}
-    train, held_out = [], []
-    for row in sorted(run.read_jsonl(folder / "teacher.jsonl"), key=lambda row: row["id"]):
-        prompt = tokenizer.prompt_ids(task.prompt(row["question"]))
-        good = {r["text"] for r, label in zip(row["responses"], labels.get(row["id"], [])) if label}
+    tokenizer, task = Tokenizer(source, config.date), task_of(config)
+    labels = {row["id"]: row["labels"] for row in run.read_jsonl(folder / "labels.jsonl", "labels")}
+    rows = {row["id"]: row for row in run.read_jsonl(folder / "teacher.jsonl", "id", "responses")}
+    rows = [rows[id_] for id_ in sorted(rows.keys() & labels.keys())]
+    prompts = prompts_of(task, tokenizer, rows)
+    train, held_out, longest = [], [], weights.load_config(source).max_position_embeddings
+    for row in rows:
+        good = {r["text"] for r, label in zip(row["responses"], labels[row["id"]]) if label}
         split = held_out if run.held_out(row["id"]) else train
-        split += [(prompt, tokenizer.encode(text) + [tokenizer.eos_ids[0]]) for text in sorted(good)]
-    print(f"sft: {len(train)} responses to train on, {len(held_out)} held out, of {len(labels)} questions")
+        split += [(prompts[row["id"]], tokenizer.encode(text) + [tokenizer.eos_ids[0]])
+                  for text in sorted(good)]
+    for split in (train, held_out):
+        fitting = [row for row in split if len(row[0]) + len(row[1]) <= longest]
+        if len(fitting) < len(split):
+            print(f"sft: {len(split) - len(fitting)} responses left out: with their questions they "
+                  f"exceed the student's {longest} positions")
+        split[:] = fitting
+    print(f"sft: {len(train)} responses to train on, {len(held_out)} held out, "
+          f"of {len(labels)} questions")
     if not train:
         sys.exit("The vote left no response to train on. Did the teacher's answers end in what the "
                  f"task asks for (look into {folder / 'teacher.jsonl'})? If so: more --questions or "
@@ -119,9 +131,10 @@ def main(argv=None):
         return sum(parts) if parts else float("nan")               # nothing is held out of a small run: the last weights are kept
 
     # ---- loop ----
-    metrics = run.Metrics(folder, "sft")
     step, best, best_weights, seconds = 0, float("inf"), None, 0.0
     state = run.load_checkpoint(folder / "sft" / "resume.pt", config)
+    metrics, watch = run.Metrics(folder, "sft", anew=not state), run.Watch("sft")
+    time_to_save = run.every(config.save_minutes)
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -133,7 +146,10 @@ def main(argv=None):
     with run.interruptible() as stop, bar:
         while step < steps:
             if step % eval_every == 0:
+                watch.settle()
                 loss, micro_batch = run.halve_when_full(held_out_loss, micro_batch, "--micro-batch")
+                watch(step, torch.tensor(loss if held_out else 0.0))
+                watch.settle()
                 metrics(step, held_out_loss=loss)
                 bar.write(f"sft: step {step}, held-out loss {loss:.4f}")
                 if loss < best:
@@ -151,18 +167,26 @@ def main(argv=None):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
+            watch(step, total, norm)
             bar.update()
             if step % 10 == 0:
-                bar.set_postfix(loss=f"{metrics(step, loss=total, grad_norm=norm, learning_rate=rate, tokens=sum(len(r) for _, r in rows))['loss']:.4f}")
-            stopping = stop()                                        # asked once a step: an interrupt between two askings would not be saved
-            if stopping or step % 500 == 0:
+                row = metrics(step, loss=total, grad_norm=norm, learning_rate=rate,
+                              tokens=sum(len(response) for _, response in rows))
+                bar.set_postfix(loss=f"{row['loss']:.4f}")
+            # Asked once a step: an interrupt between two askings would not be saved.
+            stopping = stop()
+            if stopping or time_to_save():
+                watch.settle(model)
                 run.save_checkpoint(folder / "sft" / "resume.pt", config, model=model.state_dict(), step=step, best=best, micro_batch=micro_batch,
                                     optimizer=optimizer.state_dict(), best_weights=best_weights, seconds=metrics.seconds(seconds))
             if stopping:
                 sys.exit("stopped after saving; the same command goes on from here")
 
     # ---- save ----
+    watch.settle(model)
     loss, micro_batch = run.halve_when_full(held_out_loss, micro_batch, "--micro-batch")
+    watch(step, torch.tensor(loss if held_out else 0.0))
+    watch.settle()
     if loss > best:
         model.load_state_dict(best_weights, strict=False)
     metrics(step, held_out_loss=loss, best=min(loss, best), seconds=metrics.seconds(seconds))

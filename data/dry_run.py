@@ -11,11 +11,14 @@ from dataclasses import dataclass
 
 import torch
 
-from nanodistill.fit import GBS, SCORED, USED, choose, free_bytes, parameters, plan, shape
+from data import hub
+from nanodistill import weights
+from nanodistill.fit import GBS, LEARN, SCORED, USED, choose, free_bytes, parameters, plan
+from nanodistill.presets import SIZES
 
 # {task: tokens of a long prompt, of the mean one}, by SmolLM2's tokenizer (arithmetic: tiny's). Of
-# GSM8K's 8,792 prompts 1 is longer than the long one, of MMLU-Pro's 12,031 there are 5.
-PROMPTS = {"arithmetic": (96, 31), "gsm8k": (256, 123), "mmlu_pro": (1280, 255)}
+# GSM8K's 8,792 prompts 1 is longer than the long one, of MMLU-Pro's 11,873 there are 5.
+PROMPTS = {"arithmetic": (96, 31), "gsm8k": (256, 123), "mmlu_pro": (1280, 254)}
 # Assumptions, measured nowhere. A response is half of --max-new-tokens. GOOD: share of the
 # teacher's responses that SFT trains on. PRODUCTS, BANDWIDTH: reached share of a card's peak.
 GOOD, PRODUCTS, BANDWIDTH = 0.5, 0.4, 0.6
@@ -209,3 +212,27 @@ def report(settings, missing, counts):
         " " * 8 + "".join(f"{card.name:>{width}}" for card in CARDS)]
     return "\n".join(lines + [f"{stage:8}" + "".join(f"{x:{width}.2g}" for x in row)
                               for stage, row in hours])
+
+
+def shape(name, role, revision=""):
+    """The Config that --student or --teacher means; no weights are downloaded for it."""
+    if name in SIZES:
+        return SIZES[name].shape
+    return weights.load_config(hub.resolve(name, role, revision, weights=False))
+
+
+def table():
+    """README's "What fits which card" as markdown."""
+    def cell(name, stage, micro_batch):
+        peak = plan(stage, SIZES[name].shape, torch.bfloat16, batch=64, micro_batch=micro_batch,
+                    slots=64, prompt=256, response=512)["peak"]
+        return f"{peak / 1e9:.1f} ({next((gb for gb in GBS if peak <= gb * USED), 'none')})"
+    rows = [[name, cell(name, "teacher", 1)] + [f"{cell(name, stage, 8)} / {cell(name, stage, 1)}"
+                                                for stage in LEARN]
+            for name, size in SIZES.items() if size.as_student]
+    head = ["model", "sampling it as teacher", "SFT", "reward model", "PPO"]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * 5, *rows])
+
+
+if __name__ == "__main__":
+    print(table())

@@ -6,20 +6,22 @@ NANODISTILL_GSM8K_URL may name a mirror's folder; with HF_HUB_OFFLINE=1 nothing 
 
 Own rows (`--data`): a folder with train.jsonl (train*.parquet) and, for an evaluation, test.jsonl
 (test*.parquet); or one file of training rows. A row has `question` and, which train can do without,
-`answer`: a number (18, "1,234", "$18", "3/4") or a text with "#### 18" at its end.
+`answer`: a number (18, "1,234", "$18", "3/4") or a text with "#### 18" at its end. A question of
+both is not trained on.
 """
 
 import hashlib
 import os
 import re
 import sys
-from fractions import Fraction
+from collections import deque
 from pathlib import Path
 
 import httpx2
 from huggingface_hub import constants
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data.number import END, leading, plain, stated, written
 from data.rows import ReadTask, find_files, read_rows, show, text_of
 from nanodistill.weights import write_atomic
 
@@ -28,9 +30,16 @@ SHA256 = {"train.jsonl": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed
           "test.jsonl": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"}
 EXAMPLE = '{"question": "What is 2 + 3?", "answer": "5"}'
 
-# A number as people write it: 1,234 or 18.50 or .5 or 3/4, a sign and a dollar before it.
-NUMBER = re.compile(r"([-\u2212]?)\s?\$?\s?([-\u2212]?)([0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+|(?=\.[0-9]))(\.[0-9]+)?(?:\s?/\s?([0-9]+))?")
-REACH = 200                                                     # characters looked at after the hash marks
+# Where an answer stands: after four hash marks; where they lead to no number, after what people
+# say before one. A heading ("#### Step 2: money", "#### 1. The cost") leads to none by itself.
+MARKS = re.compile("####")
+SAID = re.compile(r"""\\boxed\b | (?<!\#)\#{4,6}[^\n\#:=\d]{0,40}?(?::|\bis\b)     # #### Total: 18
+    | \banswer\b(?:\ to\ th(?:e|is)\ (?:question|problem))?[*_]{0,3}\s{0,3}
+      (?:is\b|(?:would|should|must)\ be\b|[:=]|\n)""", re.IGNORECASE | re.VERBOSE)
+HEADING = re.compile(r"(?:[^\W\d_]+\s+){0,3}\d{1,2} ?[.):] +\S|[^\W\d_][^\n=:]*:")
+FILLER = re.compile(r"^(?:(?:about|approximately|around|roughly|exactly|only|just|thus|therefore"
+                    r"|equal to|equals|a total of)\s+)+", re.IGNORECASE)
+REACH, CUES = 300, 8                    # characters read after a cue; cues of a kind that are tried
 
 
 def places(name=""):
@@ -69,6 +78,20 @@ def fetch(name):
     return own.replace(path)
 
 
+def after(text, cue):
+    """(is a number there, its text or None), for the match of a cue in `text`."""
+    said = plain(text[cue.end():cue.end() + REACH])
+    body = said.lstrip(" \n*_`:=#$\"'([|")
+    below = "\n" in cue[0] + said[:len(said) - len(body)]
+    if (below or cue[0] == "####") and HEADING.match(body):
+        return False, None
+    if below and body.startswith("- "):                 # of a list, or negative
+        return True, None
+    there, answer = stated(FILLER.sub("", body))
+    whole = END.search(body) or len(text) <= cue.end() + REACH             # its end is in reach
+    return there, answer if whole else None
+
+
 class GSM8K(ReadTask):
     """`data`: the path of own rows, or "" for what is published. `seed` changes nothing: the
     splits are given. `flawed`: keep rows whose answer holds no number."""
@@ -95,45 +118,54 @@ class GSM8K(ReadTask):
             if not train and own and Path(own).is_file():
                 files = []                              # one file: its rows are for training
             rows = dict(read_rows(files, lambda i, row: self.read(split, i, row), EXAMPLE))
+            if train and own:                           # the published splits share no question
+                tested = {" ".join(q.split()) for q, _ in self.rows("test").values()}
+                both = [id_ for id_, row in rows.items() if " ".join(row[0].split()) in tested]
+                if both:
+                    more = f" and {len(both) - 5} more" if len(both) > 5 else ""
+                    print(f"{own}: {', '.join(both[:5])}{more} left out: test questions too")
+                rows = {id_: row for id_, row in rows.items() if id_ not in set(both)}
             if train and not rows:
                 raise ValueError(f"{self.source()}: no training question is left")
             self.loaded[split] = rows
         return self.loaded[split]
 
     def read(self, split, i, row):
-        """For `read_rows`: (question, (id, (question, gold or None)) or None, fault)."""
+        """For `read_rows`: ([question], (id, (question, gold or None)) or None, fault)."""
         question, answer, gold = text_of(row, "question"), row.get("answer"), None
         if type(answer) in (int, float):
             answer = str(answer)
         absent = answer is None or isinstance(answer, str) and not answer.strip()
         if isinstance(answer, str):
+            gold = self.extract_answer(answer)
             # Only here is a text that is nothing but a number read as one: a model's text is not.
-            bare = " ".join(answer.split())
-            alone = len(bare) < REACH and NUMBER.fullmatch(bare)
-            gold = self.extract_answer(f"#### {bare}" if alone else answer)
+            value, rest = len(answer) < REACH and leading(plain(answer.strip())) or (None, "")
+            if value is not None and not re.search(r"\w", rest):
+                gold = written(value)
         id_, fault, keep = f"gsm8k-{split}-{i}", "", True
         if absent and split == "test":
             fault, keep = f"no answer to score {id_} by", False
         elif gold is None and not absent:
             fault, keep = f"no number in the answer of {id_}", self.flawed
-        return question.strip(), (id_, (question, gold)) if keep else None, fault
+        kept = (id_, (question, gold)) if keep else None
+        return [" ".join(question.split())], kept, fault
 
     def extract_answer(self, text, question=""):
-        """The number after the last ####, as a reduced fraction's text ("18", "-5", "3/4"), or None. Never raises; linear in len(text).
+        """The number that `text` ends on, a reduced fraction's text ("18", "-5", "3/4"), or None.
 
-        Where an equation stands there, its right side counts; units, a currency and whatever follows the number do not. Without any ####, as small
-        models often leave it, what follows the last "answer is" counts.
+        The last #### that leads to a number counts; where none does, the last \\boxed{}, "answer
+        is", "Answer:" or "#### Total:" that does. A number that is not understood whole is no
+        answer, and nothing before it is: see data/number.py. Never raises; linear in len(text).
         """
-        _, marks, rest = text.rpartition("####" if "####" in text else "answer is")
-        lines = rest[:REACH].strip().lstrip(":*").strip().splitlines() if marks else []
-        found = NUMBER.search(lines[0].rpartition("=")[2]) if lines else None
-        if not found:
-            return None
-        whole, part, below = found[3].replace(",", "") or "0", found[4] or "", found[5] or "1"
-        if int(below) == 0:
-            return None
-        value = Fraction(whole + part) / int(below)
-        return str(-value if found[1] or found[2] else value)
+        for cue in MARKS, SAID:
+            for found in reversed(deque(cue.finditer(text), maxlen=CUES)):
+                there, answer = after(text, found)
+                if answer:
+                    return answer
+                if there:
+                    text = text[found.end():]           # only what comes behind it can still count
+                    break
+        return None
 
 
 if __name__ == "__main__":

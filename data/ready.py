@@ -12,7 +12,7 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from data import TASKS, server, task_of
+from data import TASKS, hub, server, task_of
 from data.dry_run import report
 from nanodistill import fit, run, weights
 from nanodistill.tokenizer import Tokenizer
@@ -52,6 +52,7 @@ def check(stage, configs):
 
     devices = {s: attempt(run.pick_device, configs[s].device) for s in stages}
     attempt(writable, Path(config.out))
+    problems += run.stale(Path(config.out))
     train = attempt(rows, configs.get("teacher", config), "train") if stages != ["eval"] else []
     test = attempt(rows, configs["eval"], "test") if "eval" in stages else []
     if train == [] and stages != ["eval"]:
@@ -64,35 +65,36 @@ def check(stage, configs):
     folders, bytes_needed = {}, 0
     if getattr(config, "models", ""):
         for name in config.models.split(","):
-            folders[name] = attempt(weights.resolve, name, "models", "", False)
+            folders[name] = attempt(hub.resolve, name, "models", "", False)
     else:
         roles = {role for s in stages for role in USES[s]}
         for role in sorted(roles - ({"teacher"} if config.teacher_url else set())):
             name = getattr(config, role)
             revision = config.revision if role == "student" else config.teacher_revision
-            folders[role] = attempt(weights.resolve, name, role, revision, False)
+            folders[role] = attempt(hub.resolve, name, role, revision, False)
             if folders[role]:
-                bytes_needed += attempt(weights.bytes_to_fetch, name, revision) or 0
+                bytes_needed += attempt(hub.bytes_to_fetch, name, revision) or 0
     asked = (train or []) + (test or [])
     for name, folder in folders.items():
         shape = folder and attempt(weights.load_config, folder)
-        tokenizer = folder and attempt(Tokenizer, folder)
+        tokenizer = folder and attempt(Tokenizer, folder, config.date)
         if not (shape and tokenizer and asked):
             continue
         task = task_of(config)
-        longest = max(len(tokenizer.prompt_ids(task.prompt(q["question"]))) for q in asked)
+        lengths = [len(tokenizer.prompt_ids(task.prompt(q["question"]))) for q in asked]
         for s in stages:
             if name not in USES[s] and not getattr(config, "models", ""):
                 continue
-            reach = longest + configs[s].max_new_tokens
-            if reach > shape.max_position_embeddings:
+            most = shape.max_position_embeddings - configs[s].max_new_tokens
+            fitting = [n for n in lengths if n <= most]          # the stages name the others
+            if not fitting:
                 problems.append(
-                    f"{name}: prompts of up to {longest} tokens and --max-new-tokens "
-                    f"{configs[s].max_new_tokens} exceed its {shape.max_position_embeddings} "
-                    "positions: fewer of the one, or shorter questions")
+                    f"{name}: its {shape.max_position_embeddings} positions hold no question "
+                    f"(prompts of {min(lengths)} to {max(lengths)} tokens) and --max-new-tokens "
+                    f"{configs[s].max_new_tokens}: fewer of the one, or shorter questions")
                 break
             if devices[s]:
-                attempt(fits, s, configs[s], shape, devices[s], longest)
+                attempt(fits, s, configs[s], shape, devices[s], max(fitting))
     problems += disk(config, folders.get("student"), stages, bytes_needed)
     if problems:
         sys.exit("\n".join(dict.fromkeys("\n".join(problems).splitlines())))

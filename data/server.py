@@ -1,153 +1,295 @@
-"""Samples of a model behind an OpenAI-compatible server (vLLM, llama.cpp, ...), through huggingface_hub's InferenceClient.
+"""Samples of a model behind an OpenAI-compatible server (vLLM, llama.cpp, a paid one, ...).
 
-Many requests are under way at once. One asks for all samples of a question at one temperature where the server gives several, else for one at
-a time. A request that meets 429, 5xx, a timeout or a cut connection is tried again, later and later, or when the server's Retry-After says;
-401, 403 and 404 end the run with what to do.
+Many requests are under way at once, in one thread. One asks for all samples of a question at one
+temperature where the server gives several, else for one at a time. A sample is in the journal as
+soon as it is here. What can go wrong is of three kinds:
+
+    it may pass     429, 5xx, a cut connection, no whole answer in time, an answer that makes no
+                    sense: tried again, later and later, or when the server's Retry-After says.
+                    After `patience` seconds in which the server gave nothing at all, the run ends.
+    one question    refused (400, 413, 422), or its answer failed TRIES times while other questions
+                    got theirs: its sample counts as unanswered and says why.
+    the run         a wrong key, address or model, a request that no question gets an answer to:
+                    ends it with what to do.
+
+However it ends: what is on the wire has a moment to arrive, and the same command goes on.
 """
 
+import asyncio
+import contextlib
 import json
 import random
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import deque
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 
-import httpx2
-from huggingface_hub import InferenceClient, constants
-from huggingface_hub.errors import HfHubHTTPError, InferenceTimeoutError, OfflineModeIsEnabled
-
+from data import chat
+from data.chat import Fault, Refused, Stop
 from nanodistill import run
 
-FATAL = {401: "the server wants a key: set OPENAI_API_KEY", 403: "the key in OPENAI_API_KEY may not use this model",
-         404: "there is no such address or model: look at --teacher-url (it usually ends in /v1) and --teacher-model"}
+TRIES = 8
+MANY, IN_A_ROW = 5, 25         # questions lost at the start, or later in a row, that end the run
+GRACE = 0.7                    # seconds that answers on the wire get when the run ends
 
 
 def problems(url, model, key, timeout=10.0):
     """What is wrong with the server's address or model, as a list of messages; [] if it answers.
 
-    Asks for its list of models, which is free; a server without one (404, 405, 501) is taken as it is.
+    Asks for its list of models, which is free; a server without one (404, 405, 501) is taken as
+    it is.
     """
-    if constants.HF_HUB_OFFLINE:                                 # huggingface_hub keeps every address to itself then
-        return ["HF_HUB_OFFLINE is set, which forbids asking the teacher's server too: unset it"]
+    async def models():
+        async with chat.client(key) as c:
+            return await chat.exchange(c, "GET", url, "/models", None, timeout)
     try:
-        answer = httpx2.get(url.rstrip("/") + "/models", timeout=timeout, follow_redirects=True,
-                            headers={"Authorization": f"Bearer {key}"} if key else {})
-        names = [entry["id"] for entry in answer.json()["data"]] if answer.is_success else []
-    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-        return [f"--teacher-url {url}: nobody answers there ({error or type(error).__name__})"]
-    except (ValueError, KeyError, TypeError):
+        answer, body = asyncio.run(models())
+        if answer.status_code in (401, 403) or answer.is_redirect:
+            chat.check(answer.status_code, answer.headers, "")
+    except Fault as fault:
+        return [f"--teacher-url {url}: nobody answers there ({fault})"]
+    except Stop as stop:
+        return [f"--teacher-url {url}: {stop}"]
+    if not answer.is_success:
+        return []
+    try:
+        names = [entry["id"] for entry in chat.parsed(body)["data"]]
+    except (KeyError, TypeError):
         return [f"--teacher-url {url}: what answers there is no OpenAI-compatible server (its "
                 "address usually ends in /v1)"]
-    if answer.status_code in (401, 403):
-        return [f"--teacher-url {url} answered {answer.status_code}: {FATAL[answer.status_code]}"]
     if names and model not in names:
-        return [f"--teacher-model {model}: the server at {url} has {', '.join(map(str, names[:5]))}"]
+        return [f"--teacher-model {model}: the server at {url} has "
+                + ", ".join(map(str, names[:5]))]
     return []
 
 
-class Stopped(Exception):
-    """The run is ending; a request that has not begun, or waits to be tried again, is given up."""
-
-
 def wait_before(attempt, retry_after, rng):
-    """Seconds before the next try: the server's Retry-After (seconds or a date), else about 1, 2, 4, ... and at most 60."""
-    if retry_after:
+    """Seconds before the next try: the server's Retry-After (seconds or a date), if that is at
+    least one; else about 1, 2, 4, ... and at most 60."""
+    try:
+        asked = float(retry_after) if (retry_after or "").strip().replace(".", "", 1).isdigit() \
+            else parsedate_to_datetime(retry_after).timestamp() - time.time()
+    except (ValueError, TypeError, OverflowError, OSError):
+        asked = 0.0
+    return asked if asked >= 1 else min(2.0**min(attempt, 6), 60.0) * rng.uniform(0.75, 1.25)
+
+
+@dataclass(eq=False)
+class Job:
+    """Samples of a question, all of one temperature: the indices still to come, the last fault."""
+    id_: str
+    places: list
+    fault: Fault | None = None
+
+
+class Sampling:
+    """What is still to be asked, what is under way, and what its answers say of the server.
+
+    `await ask(job, n)` -> ([(text, ended)], tokens), one request for n samples of a job.
+    `keep(id_, j, response, tokens)` takes a sample that is settled.
+    `answered`: has the server ever answered such a request?
+    """
+
+    def __init__(self, jobs, ask, keep, patience, answered):
+        self.queue, self.under_way, self.ask, self.keep = deque(jobs), [], ask, keep
+        self.patience, self.answered = patience, answered
+        self.given, self.last, self.told = 0, time.monotonic(), False
+        self.refused, self.held = set(), []        # questions given up in a row, their samples
+        self.one_at_a_time, self.stopping = False, asyncio.Event()
+
+    async def work(self):
+        """Job after job, until there is none."""
         try:
-            return max(0.0, float(retry_after) if retry_after.strip().replace(".", "", 1).isdigit() else parsedate_to_datetime(retry_after).timestamp() - time.time())
-        except ValueError:
-            pass
-    return min(2.0**attempt, 60.0) * rng.uniform(0.75, 1.25)
+            while self.queue and not self.stopping.is_set():
+                self.under_way.append(self.queue.popleft())
+                job = self.under_way[-1]
+                await self.finish(job)
+                self.under_way.remove(job)
+        except BaseException:
+            self.stopping.set()                    # before another worker takes its next job
+            raise
+
+    async def finish(self, job):
+        """Ask until each sample of the job is kept or given up."""
+        alone, failures, given, rng = False, 0, self.given, random.Random()
+        while job.places and not self.stopping.is_set():
+            n = 1 if alone or self.one_at_a_time else len(job.places)
+            try:
+                samples, tokens = await self.ask(job, n)
+            except Refused as refused:
+                if n == 1:
+                    self.give_up(job, str(refused))
+                alone = True                       # is it the question, or n?
+            except Fault as fault:
+                job.fault, failures = fault, failures + 1
+                if failures >= TRIES and not fault.of_server and self.given > given:
+                    self.give_up(job, f"failed {failures} times, last: {fault}")
+                    failures, given = 0, self.given
+                    continue
+                seconds = wait_before(failures - 1, fault.retry_after, rng)
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self.stopping.wait(), min(seconds, self.patience))
+            else:
+                # The server refuses n and takes 1, or leaves n out of account.
+                self.one_at_a_time |= alone or len(samples) < n
+                self.given, self.last, self.told = self.given + 1, time.monotonic(), False
+                self.answered, job.fault, failures, given = True, None, 0, self.given
+                self.refused.clear()
+                self.settle()
+                for text, ended in samples[:n]:
+                    if job.places:
+                        self.keep(job.id_, job.places.pop(0), {"text": text, "ended": ended},
+                                  tokens // len(samples))
+
+    def settle(self):
+        """Keep the samples given up, as the server does answer: it is their questions' fault."""
+        while self.held:
+            self.keep(*self.held.pop(0), 0)
+
+    def give_up(self, job, why):
+        """The job's next sample fails. Raises Stop where the server seems to be at fault."""
+        self.last = time.monotonic()
+        self.refused.add(job.id_)
+        self.held.append((job.id_, job.places.pop(0), {"text": "", "ended": False, "failed": why}))
+        if len(self.refused) >= (IN_A_ROW if self.answered else MANY):
+            self.blame()
+        if self.answered:
+            self.settle()
+
+    def blame(self):
+        raise Stop(f"the teacher's server answered none of {len(self.refused)} questions"
+                   f"{' in a row' * self.answered}, last: {self.held[-1][2]['failed']}")
+
+    def watch(self):
+        """Has the server given nothing for too long? Raises Stop; or, where only a few questions
+        are left and may be to blame for that, gives them up and returns True."""
+        silent, faults = time.monotonic() - self.last, [j.fault for j in self.under_way if j.fault]
+        last = faults[-1] if faults else f"no answer to {len(self.under_way)} requests"
+        minutes = f"{self.patience / 60:.3g} minutes"
+        if silent > 30 and faults and not self.told:
+            self.told = True
+            print(f"\nthe teacher's server: {last}. Trying on, for {minutes}", file=sys.stderr)
+        if silent <= self.patience:
+            return False
+        few = len({job.id_ for job in self.under_way}) < MANY and not self.queue
+        if not (few and self.answered) or any(fault.of_server for fault in faults):
+            raise Stop(f"the teacher's server has given nothing for {minutes} (--patience), last: "
+                       f"{last}")
+        for job in self.under_way:
+            while job.places:
+                self.give_up(job, f"nothing for {minutes}, last: {job.fault or last}")
+        return True
 
 
-def ask(client, request, tries, stopping):
-    """One chat completion, tried again while the fault may pass. Returns [(text, ended, tokens)], one a choice."""
-    rng = random.Random()
-    for attempt in range(tries):
-        retry_after = None
-        try:
-            answer = client.chat_completion(**request)
-            spent = answer.usage.completion_tokens if answer.usage else 0
-            return [(choice.message.content or "", choice.finish_reason in ("stop", "eos_token"), spent / len(answer.choices)) for choice in answer.choices]
-        except HfHubHTTPError as error:
-            code = error.response.status_code
-            if code in FATAL:
-                raise SystemExit(f"the teacher's server answered {code}: {FATAL[code]}") from error
-            if code != 429 and code < 500:
-                raise
-            fault, retry_after = error, error.response.headers.get("Retry-After")
-        except OfflineModeIsEnabled as error:                    # huggingface_hub keeps every address to itself then, a local one too
-            raise SystemExit("HF_HUB_OFFLINE is set, which forbids asking the teacher's server too: unset it for this stage") from error
-        except (InferenceTimeoutError, httpx2.TransportError, json.JSONDecodeError) as error:
-            fault = error
-        if attempt + 1 < tries and stopping.wait(wait_before(attempt, retry_after, rng)):
-            raise Stopped
-    raise SystemExit(f"the teacher's server failed {tries} times in a row, last with: {fault}. What it gave is on disk; the same command goes on.")
+# What `generate` writes into its journal.
+ROW = {"id": str, "j": int, "temperature": (int, float), "text": str, "ended": bool}
 
 
-def generate(url, model, key, prompts, temperatures, max_new_tokens, journal, concurrency=32, timeout=600.0, tries=8, seed=0):
-    """Yield (question id, sample index, text, ended, tokens) for a sample of each prompt at each of `temperatures`, as they come.
+def check_row(place, row, shape):
+    """Raises SystemExit where a row read from a file is not a dict with values of the types in
+    `shape`, {key: type}."""
+    for key, kind in shape.items():
+        if not isinstance(row, dict) or not isinstance(row.get(key), kind):
+            sys.exit(f"{place} is no row of this program's making ({key!r} is missing or of a "
+                     "wrong kind). Mend that line or delete it.")
+
+
+def read_journal(journal, prompts, temperatures):
+    """{(question id, sample index): row} of the samples that an earlier run has left."""
+    have = {}
+    for n, row in enumerate(run.read_jsonl(journal), 1):
+        check_row(f"{journal}, line {n},", row, ROW)
+        if row["id"] in prompts and row["j"] in range(len(temperatures)) \
+                and row["temperature"] == temperatures[row["j"]]:
+            have[row["id"], row["j"]] = {**row, "text": chat.clean(row["text"])}
+    return have
+
+
+def generate(url, model, key, prompts, temperatures, max_new_tokens, journal, concurrency=32,
+             patience=600.0, seed=0, extra=None, reasoning="keep", retry_failed=False,
+             answered=False, timeout=None):
+    """Yield (question id, sample index, response, tokens) for a sample of each prompt at each of
+    `temperatures`, as they come; and None every now and then while nothing comes.
+
+    A response is {"text", "ended"}; "failed", why, is in it where the server gave none (text "",
+    ended False). len(tokens) is how many tokens it took.
 
     Args:
         url: of the API, such as http://host:8000/v1. key: sent as bearer token; may be empty.
         prompts: {question id: user message}; the server applies its own chat template.
-        journal: path of a JSONL file that gets each sample as it comes. Those of an earlier run are yielded first, and not asked for again.
+        journal: path of a JSONL file that gets each sample as it comes. Those of an earlier run
+            are yielded first, and not asked for again; with `retry_failed`, those that failed are.
         concurrency: requests under way at once.
+        patience: seconds after which a server that gives nothing is given up.
+        extra: merged into each request; a None removes what is there.
+        reasoning: "keep" or "drop", see `chat.read_choice`.
+        answered: is it known that the server answers such requests?
+        timeout: seconds for one request; None: `patience`.
     Raises:
         SystemExit: with what to do, when the server refuses or does not recover.
     """
-    have = {(row["id"], row["j"]): row for row in run.read_jsonl(journal)
-            if row["id"] in prompts and row["j"] < len(temperatures) and row["temperature"] == temperatures[row["j"]]}
+    have = {place: row for place, row in read_journal(journal, prompts, temperatures).items()
+            if not (retry_failed and "failed" in row)}
     for (id_, j), row in have.items():
-        yield id_, j, row["text"], row["ended"], 0
-    append = run.Appender(journal)
-    # Without a key of its own the client would send the user's Hugging Face token, which is nobody's but the hub's.
-    client = InferenceClient(base_url=url, api_key=key or "EMPTY", timeout=timeout)
-    stopping, one_at_a_time = threading.Event(), threading.Event()
-
-    def work(id_, places):
-        """Samples of a prompt for the sample indices `places`, all of one temperature."""
-        samples = []
-        while len(samples) < len(places):
-            if stopping.is_set():
-                raise Stopped
-            n = 1 if one_at_a_time.is_set() else len(places) - len(samples)
-            request = dict(model=model, messages=[{"role": "user", "content": prompts[id_]}], max_tokens=max_new_tokens,
-                           temperature=temperatures[places[0]], n=n, seed=random.Random(f"{seed} {id_} {places[len(samples)]}").getrandbits(31))
-            try:
-                given = ask(client, request, tries, stopping)
-            except SystemExit:
-                stopping.set()                                   # here and not in the main thread, before this worker takes its next request
-                raise
-            except HfHubHTTPError:
-                if n == 1:
-                    stopping.set()
-                    raise
-                one_at_a_time.set()                              # a server that refuses n > 1
-                continue
-            if len(given) < n:
-                one_at_a_time.set()                              # a server that leaves n out of account
-            samples += given[:n]
-        return id_, places, samples
-
-    jobs = {}                                                     # {(question id, temperature): sample indices}
+        yield id_, j, {k: row[k] for k in ("text", "ended", "failed") if k in row}, ()
+        answered |= "failed" not in row
+    jobs = {}                                                    # {(question id, temperature): Job}
     for id_ in prompts:
         for j, temperature in enumerate(temperatures):
             if (id_, j) not in have:
-                jobs.setdefault((id_, temperature), []).append(j)
-    with ThreadPoolExecutor(concurrency) as pool:
+                jobs.setdefault((id_, temperature), Job(id_, [])).places.append(j)
+    append, arrived = run.Appender(journal), deque()
+
+    def keep(id_, j, response, tokens):
+        append({"id": id_, "j": j, "temperature": temperatures[j], **response})
+        arrived.append((id_, j, response, range(tokens)))
+
+    async def ask(job, n):
+        j = job.places[0]
+        # One seed for all would give the same sample again and again.
+        wanted = {"model": model, "messages": [{"role": "user", "content": prompts[job.id_]}],
+                  "max_tokens": max_new_tokens, "temperature": temperatures[j], "n": n,
+                  "seed": random.Random(f"{seed} {job.id_} {j}").getrandbits(31), **(extra or {})}
+        content = json.dumps({k: v for k, v in wanted.items() if v is not None}).encode()
+        answer, body = await chat.exchange(connection, "POST", url, "/chat/completions", content,
+                                      timeout or patience)
+        chat.check(answer.status_code, answer.headers, chat.words(body))
+        return chat.read_answer(body, reasoning)
+
+    sampling = Sampling(jobs.values(), ask, keep, patience, answered)
+    loop, workers = asyncio.new_event_loop(), []
+    loop.set_exception_handler(lambda *_: None)                  # the first error is the one told
+
+    def wait(seconds):
+        return loop.run_until_complete(asyncio.wait(workers, timeout=seconds))[0]
+
+    try:
+        connection = chat.client(key)
+        workers = [loop.create_task(sampling.work()) for _ in range(min(concurrency, len(jobs)))]
+        while any(not worker.done() for worker in workers) and not sampling.watch():
+            done = wait(0.1)
+            while arrived:
+                yield arrived.popleft()
+            for worker in done:
+                worker.result()                                  # raises what it raised
+            yield None
+        while arrived:
+            yield arrived.popleft()
+        if sampling.held:                                        # there was nothing but refusals
+            sampling.blame()
+    except Stop as stop:
+        raise SystemExit(f"{stop}. What it gave is on disk; the same command goes on.") from None
+    finally:
+        sampling.stopping.set()
         try:
-            for future in as_completed([pool.submit(work, id_, places) for (id_, _), places in jobs.items()]):
-                try:
-                    id_, places, samples = future.result()
-                except Stopped:                                  # another request has failed for good; its error is still to come
-                    continue
-                for j, (text, ended, tokens) in zip(places, samples):
-                    append({"id": id_, "j": j, "temperature": temperatures[j], "text": text, "ended": ended})
-                for j, (text, ended, tokens) in zip(places, samples):
-                    yield id_, j, text, ended, tokens
-        except HfHubHTTPError as error:
-            sys.exit(f"the teacher's server refused a request: {error}")
+            if workers:                                          # what is on the wire may yet come
+                wait(GRACE)
         finally:
-            stopping.set()
-            pool.shutdown(cancel_futures=True)
+            for worker in workers:
+                worker.cancel()
+            if workers:
+                wait(0.2)
+                loop.run_until_complete(connection.aclose())
+            loop.close()
+            append.file.close()

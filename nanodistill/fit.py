@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanodistill import generate, losses, weights
+from nanodistill import generate, losses
 from nanodistill.model import CausalLM, Config, KVCache, Packed, ScalarModel
 from nanodistill.presets import SIZES
 
@@ -378,29 +378,3 @@ def choose(stage, shape, dtype, free, *, batch=0, prompt, response, jobs=0, devi
     raise ValueError(f"{stage} does not fit: {flags(stage, *least)} takes {need / 1e9:.1f} GB, and "
                      f"{free / 1e9:.1f} GB are free on {device}.\n"
                      f"What would fit: {', or '.join(filter(None, would))}.")
-
-
-# ---- for people ----
-
-def shape(name, role, revision=""):
-    """The Config that --student or --teacher means; no weights are downloaded for it."""
-    if name in SIZES:
-        return SIZES[name].shape
-    return weights.load_config(weights.resolve(name, role, revision, weights=False))
-
-
-def table():
-    """README's "What fits which card" as markdown."""
-    def cell(name, stage, micro_batch):
-        peak = plan(stage, SIZES[name].shape, torch.bfloat16, batch=64, micro_batch=micro_batch,
-                    slots=64, prompt=256, response=512)["peak"]
-        return f"{peak / 1e9:.1f} ({next((gb for gb in GBS if peak <= gb * USED), 'none')})"
-    rows = [[name, cell(name, "teacher", 1)] + [f"{cell(name, stage, 8)} / {cell(name, stage, 1)}"
-                                                for stage in LEARN]
-            for name, size in SIZES.items() if size.as_student]
-    head = ["model", "sampling it as teacher", "SFT", "reward model", "PPO"]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * 5, *rows])
-
-
-if __name__ == "__main__":
-    print(table())

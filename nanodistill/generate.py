@@ -5,18 +5,22 @@ the others go on, so a long response does not hold up a batch of short ones; whe
 through the model once, packed with others so that none is padded; its keys and values are then copied to every slot that samples from it.
 
 The sampled distribution is softmax(logits / temperature) over the whole vocabulary, with no top-k or top-p, and the log-probabilities
-returned are of that distribution: what PPO needs for its ratio to start at 1. Each sample has a random stream of its own, which follows from the
-seed, its prompt's index and its own: neither slots nor batch mates change what is drawn (but for the rounding of matrix products of other shapes).
+returned are of that distribution: what PPO needs for its ratio to start at 1. Each sample has a
+random stream of its own, which follows from seed, prompt's id and sample's index: neither slots nor
+batch mates change what is drawn (but for the rounding of matrix products of other shapes).
 """
 
 import functools
+import hashlib
+import math
 import sys
+from collections import deque
 from dataclasses import dataclass
 
 import torch
 from nanodistill.model import CausalLM, KVCache, pack
 
-# Prompt tokens at a time: more take memory and, where they leave the CPU's cache, time.
+# Prompts times the longest's tokens: more take memory and, where they leave the CPU's cache, time.
 PREFILL = {"cpu": 2**11, "cuda": 2**14, "mps": 2**12}
 GOLDEN, MIX1, MIX2 = -7046029254386353131, -4658895280553007687, -7723592293110705685       # SplitMix64's constants, as signed numbers
 
@@ -36,6 +40,12 @@ def mix(x):
     return x ^ (x >> 31 & (1 << 33) - 1)
 
 
+def stream_of(seed, id_, sample):
+    """The random stream of a prompt's sample, an int64: a hash, so that no two are the same."""
+    digest = hashlib.sha256(ascii((int(seed), id_, sample)).encode()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)
+
+
 def uniform(stream, count):
     """The number of index `count` (B,) of each random stream (B,), both int64: in (0, 1), fp32, an odd multiple of 2^-24."""
     return ((mix(stream + GOLDEN * (count + 1)) >> 41 & (1 << 23) - 1).float() + 0.5) / (1 << 23)
@@ -45,8 +55,9 @@ def choose(logits, temperature, u, any_greedy=True):
     """Sample one token a row by inverse CDF. logits (B, V), temperature (B,), 0 = greedy, u (B,) in (0, 1) -> tokens (B,), logprobs (B,) fp32.
 
     Greedy rows report logprobs at temperature 1; `any_greedy` False says that there are none, which saves a pass over the logits. The CDF is summed
-    by blocks of tokens, then within the one that u falls into: a running sum of the whole vocabulary is slow and rounds more. A token without
-    probability is never drawn.
+    by blocks of tokens, then within the one that u falls into: a running sum of all is slow and
+    rounds more. A token of probability 0 is never drawn. A row without a softmax (NaN, inf, or -inf
+    alone) gets some token, with NaN as logprob.
     """
     greedy = temperature == 0
     shares = (logits * (1 / temperature.masked_fill(greedy, 1.0))[:, None]).softmax(dim=-1)         # fp32, as temperature is
@@ -55,7 +66,7 @@ def choose(logits, temperature, u, any_greedy=True):
     blocks = shares.unflatten(1, (V // block, block))
     sums = blocks.sum(dim=-1).cumsum(dim=-1)                      # (B, V / block)
     total = sums[:, -1:]
-    mark = u[:, None] * total                                     # (B, 1)
+    mark = torch.minimum(u[:, None] * total, total * (1 - 2**-23))    # (B, 1), below total
     which = torch.searchsorted(sums, mark, right=True).clamp(max=V // block - 1)
     inner = blocks.gather(1, which[:, :, None].expand(-1, -1, block)).squeeze(1).cumsum(dim=-1)       # (B, block)
     mark = torch.minimum(mark - sums.gather(1, which) + inner[:, -1:], inner[:, -1:] * (1 - 2**-23)).clamp(min=0)
@@ -140,19 +151,39 @@ def packed(model, rows):
 
 
 def prefill_batches(jobs, prompts, most):
-    """Split jobs (prompt index, sample index), in the order of their prompts, into lists whose distinct prompts have at most `most` tokens or are one."""
-    batches, tokens, last = [], 0, None
-    for job in jobs:
-        if job[0] != last:
-            last, tokens = job[0], tokens + len(prompts[job[0]])
-            if not batches or tokens > most:
+    """Split sorted jobs into lists whose prompts, padded, have at most `most` tokens or are one."""
+    batches, last, count, longest = [], None, 0, 0
+    for i, j in jobs:
+        if i != last:
+            last, count, longest = i, count + 1, max(longest, len(prompts[i]))
+            if not batches or count * longest > most:
                 batches.append([])
-                tokens = len(prompts[last])
-        batches[-1].append(job)
+                count, longest = 1, len(prompts[i])
+        batches[-1].append((i, j))
     return batches
 
 
-def generate(model, prompts, *, eos_ids, pad_id, max_new_tokens, n=1, temperature=1.0, slots=256, seed=0, compile=None):
+def faults(config, prompts, ids, eos_ids, pad_id, max_new_tokens, n, temperatures, slots):
+    """What `generate` cannot work with."""
+    if min(n, slots, max_new_tokens) < 1:
+        yield f"n {n}, slots {slots}, max_new_tokens {max_new_tokens}: each must be 1 or more"
+    if len(temperatures) != n or not all(t == 0 or 1e-6 <= t <= 1e6 for t in temperatures):
+        yield f"temperatures {temperatures[:16]}: not {n} numbers, 0 (greedy) or 1e-6 to 1e6 each"
+    if not len(prompts) == len(ids) == len(set(ids)):
+        yield f"{len(prompts)} prompts have {len(ids)} ids, {len(set(ids))} of them different"
+    named = [(f"prompt {id_!r}", row) for id_, row in zip(ids, prompts)]
+    for name, row in [("eos_ids", eos_ids or [pad_id]), ("pad_id", [pad_id]), *named]:
+        if not row or min(row) < 0 or max(row) >= config.vocab_size:
+            has = f"has ids from {min(row)} to {max(row)}" if row else "is empty"
+            yield f"{name} {has}; the vocabulary is 0 to {config.vocab_size - 1}"
+    name, row = max(named, key=lambda x: len(x[1]), default=("", []))
+    if len(row) + max_new_tokens > config.max_position_embeddings:
+        yield (f"{name}, the longest, has {len(row)} tokens: with {max_new_tokens} new ones they "
+               f"exceed the model's {config.max_position_embeddings} positions")
+
+
+def generate(model, prompts, *, eos_ids, pad_id, max_new_tokens, n=1, temperature=1.0, slots=256,
+             seed=0, compile=None, ids=None):
     """Yield (prompt index, sample index, Sample) for n samples of each prompt, each as soon as it ends.
 
     Args:
@@ -160,28 +191,28 @@ def generate(model, prompts, *, eos_ids, pad_id, max_new_tokens, n=1, temperatur
         temperature: one number, or n of them, one for each sample of a prompt. 0 is greedy.
         slots: sequences in flight; the KV cache holds slots * (longest prompt + max_new_tokens) positions.
             Where memory runs out, the samples that are left are drawn with half of them; no sample changes.
-        seed: an int. The samples follow from it, whatever `slots`.
+        seed: an int. A sample follows from it, its prompt's id and its index, nothing else.
         compile: the decode step, by torch.compile, as CUDA graphs on CUDA; None: on CUDA.
+        ids: a str for each prompt, all different; None: "0", "1", ...
     Raises:
-        ValueError: a sequence could outgrow the model's positions.
+        ValueError: an argument is of no use, a sequence could outgrow the positions (`faults`).
+        FloatingPointError: logits have no softmax; raised when their sequence has ended.
         torch.OutOfMemoryError: even one slot is too much.
     """
     temperatures = [temperature] * n if isinstance(temperature, (int, float)) else list(temperature)
-    assert len(temperatures) == n, f"{n} samples of a prompt need {n} temperatures, got {len(temperatures)}"
+    ids = list(map(str, range(len(prompts)))) if ids is None else ids
+    told = prompts, ids, eos_ids, pad_id, max_new_tokens, n, temperatures, slots
+    for fault in faults(model.config, *told):
+        raise ValueError(fault)
     left = dict.fromkeys((i, j) for i in range(len(prompts)) for j in range(n))
-    if not left:
-        return
-    longest = max(map(len, prompts))
-    if longest + max_new_tokens > model.config.max_position_embeddings:
-        raise ValueError(f"prompts of up to {longest} tokens and {max_new_tokens} new ones exceed the model's "
-                         f"{model.config.max_position_embeddings} positions")
-    model, slots = in_arithmetic_dtype(model), min(slots, len(left))
+    model, slots = in_arithmetic_dtype(model) if left else model, min(slots, len(left))
     prefill = PREFILL[model.head.device.type]
     while left:
         try:
-            for i, j, sample in engine(model, prompts, list(left), n, temperatures, max_new_tokens, slots, prefill, eos_ids, pad_id, seed, compile):
+            for i, j, s in engine(model, prompts, deque(left), ids, temperatures, max_new_tokens,
+                                  slots, prefill, eos_ids, pad_id, seed, compile):
                 del left[i, j]
-                yield i, j, sample
+                yield i, j, s
             continue
         except torch.OutOfMemoryError:
             if slots == 1:
@@ -194,8 +225,9 @@ def generate(model, prompts, *, eos_ids, pad_id, max_new_tokens, n=1, temperatur
 
 
 @torch.inference_mode()
-def engine(model, prompts, queue, n, temperatures, max_new_tokens, slots, prefill, eos_ids, pad_id, seed, compile):
-    """`generate` of the samples in `queue`, a list of (prompt index, sample index) in the order of the prompts."""
+def engine(model, prompts, queue, ids, temperatures, max_new_tokens, slots, prefill, eos_ids,
+           pad_id, seed, compile):
+    """`generate` of the jobs in `queue`, a deque of (prompt index, sample index) in that order."""
     device, dtype, longest = model.head.device, model.head.dtype, max(len(prompts[i]) for i, _ in queue)
     compile = device.type == "cuda" if compile is None else compile
     step = compiled_step(device.type) if compile else decode_step
@@ -236,7 +268,8 @@ def engine(model, prompts, queue, n, temperatures, max_new_tokens, slots, prefil
         source, rows = source.to(device), torch.tensor(rows, device=device)
         cache.copy_rows(fresh, source, rows)
         state["temperature"][rows] = torch.tensor([float(temperatures[j]) for _, j in jobs], device=device)
-        state["stream"][rows] = mix(torch.tensor([i * n + j for i, j in jobs], device=device) * GOLDEN + mix(torch.tensor(seed)).to(device))
+        streams = [stream_of(seed, ids[i], j) for i, j in jobs]
+        state["stream"][rows] = torch.tensor(streams, device=device)
         state["count"][rows], state["done"][rows] = 0, False
         drawn = choose_by_rows(logits[source], state["temperature"][rows], uniform(state["stream"][rows], state["count"][rows]), any_greedy)
         record(state, rows, *drawn, eos, limit)
@@ -254,12 +287,15 @@ def engine(model, prompts, queue, n, temperatures, max_new_tokens, slots, prefil
                 state["position"][rows] = 0                       # an idle slot writes where nothing reads
                 for b, length, stop, t, l in zip(ended_rows, lengths, ended, row_tokens, row_logprobs):
                     (i, j), owner[b] = owner[b], None
+                    if math.isnan(sum(l[:length])):
+                        raise FloatingPointError(f"prompt {ids[i]!r}, sample {j}: logits are not "
+                                                 f"finite; a weight is not, or {dtype} overflows")
                     yield i, j, Sample(t[:length], l[:length], stop)
             free = [b for b in range(B) if owner[b] is None]
             if not queue and len(free) == B:
                 return
             if queue and free and (len(free) >= B // 8 or len(free) >= len(queue)):  # an eighth at a time: prefills are worth batching
-                jobs, queue = queue[:len(free)], queue[len(free):]
+                jobs = [queue.popleft() for _ in range(min(len(free), len(queue)))]
                 again = [job for job in jobs if job[0] in held]
                 for batch in [again] * bool(again) + prefill_batches(jobs[len(again):], prompts, prefill):
                     rows, free = free[:len(batch)], free[len(batch):]

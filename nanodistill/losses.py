@@ -19,13 +19,17 @@ import math
 import warnings
 
 import torch
-import torch.nn.functional as F
 
 BUDGET = 96 * 2**20                                                # bytes of logits that exist at once: 1,024 tokens of bf16 at a vocabulary of 49,152
 WORTH_COMPILING = 2**22                                            # logits of a chunk; with fewer, compiling takes longer than it will save
 
 
 # ---- kernels: logits (n, V), overwritten where the name ends in _; all else is (n,) or a scalar tensor, fp32 ----
+
+def _weigh(p, f):
+    """p * f, and 0 where p is 0, even times infinity; NaN stays."""
+    return (p * f).masked_fill_(p == 0, 0.0)
+
 
 def _normalizer(logits):
     return logits.float().logsumexp(dim=-1)                        # log Z
@@ -46,7 +50,7 @@ def _statistics(logits, heat):
     shares = (x - largest).exp()
     total = shares.sum(dim=-1)
     normalizer = largest.squeeze(-1) + total.log()
-    return normalizer, normalizer - (shares * x).sum(dim=-1) / total         # H = log Z - E[logit]
+    return normalizer, normalizer - _weigh(shares, x).sum(dim=-1) / total    # H = log Z - E[logit]
 
 
 def _logprobs_gradient_(logits, heat, normalizer, scale):
@@ -58,22 +62,23 @@ def _entropy_gradient_(logits, heat, normalizer, scale, entropy, entropy_scale):
     """The same of sum(scale * logprobs + entropy_scale * entropy): d H / d logit = -p (log p + H)."""
     logprobs = logits.float() * heat - normalizer[:, None]
     surprise = (logprobs + entropy[:, None]) * entropy_scale[:, None]
-    logits.copy_(logprobs.exp() * -heat * (scale[:, None] + surprise))
+    logits.copy_(_weigh(logprobs.exp() * -heat, scale[:, None] + surprise))
 
 
 def _distillation_(logits, teacher_logits, heat, scale, kind):
     """Divergence of each token; logits become the gradient of scale * its sum."""
     student, teacher = (logits.float() * heat).log_softmax(dim=-1), (teacher_logits.float() * heat).log_softmax(dim=-1)
     if kind == "forward_kl":
-        divergence = (teacher.exp() * (teacher - student)).sum(dim=-1)
+        divergence = _weigh(teacher.exp(), teacher - student).sum(dim=-1)
         gradient = student.exp() - teacher.exp()
     else:
         # Both are sum_v p_v f_v + a part whose gradient is within f: d / d logit = p (f - E[f]).
         middle = teacher if kind == "reverse_kl" else torch.logaddexp(student, teacher) - math.log(2)
         f = (student - middle) * (1.0 if kind == "reverse_kl" else 0.5)
-        mean = (student.exp() * f).sum(dim=-1)
-        divergence = mean if kind == "reverse_kl" else mean + 0.5 * (teacher.exp() * (teacher - middle)).sum(dim=-1)
-        gradient = student.exp() * (f - mean[:, None])
+        mean = _weigh(student.exp(), f).sum(dim=-1)
+        divergence, gradient = mean, _weigh(student.exp(), f - mean[:, None])
+        if kind == "jsd":
+            divergence = mean + 0.5 * _weigh(teacher.exp(), teacher - middle).sum(dim=-1)
     logits.copy_(gradient * (heat * scale))
     return divergence
 
@@ -139,6 +144,7 @@ class _Gradients:
     FEW = 4
 
     def __init__(self, hidden, weight, needs):
+        self.inputs = hidden, weight
         dtype = weight.dtype if _count(hidden, weight) <= self.FEW else torch.float32
         self.hidden = torch.empty_like(hidden) if needs[0] else None
         self.weight = (torch.empty_like if len(hidden) else torch.zeros_like)(weight, dtype=dtype) if needs[1] else None
@@ -155,15 +161,20 @@ class _Gradients:
             for total, part in zip(self.weight.tensor_split(parts), gradient.tensor_split(parts, dim=1)):
                 _run(_add_, total, part.T @ hidden) if start else total.copy_(part.T @ hidden)
 
-    def both(self):
-        return self.hidden, None if self.weight is None else self.weight.to(self.dtype)
+    def both(self, *above):
+        """The two gradients, as they follow from the inputs and the gradients `above`."""
+        both = self.hidden, None if self.weight is None else self.weight.to(self.dtype)
+        if torch.compiler.is_compiling():                          # which refuses a second backward
+            return both
+        return [x if x is None else _Scalar.apply(x, None, *self.inputs, *above) for x in both]
 
 
 class _Scalar(torch.autograd.Function):
-    """A loss whose gradients are known when it is: backward only scales them, in place unless the graph is kept for another backward."""
+    """A loss whose gradients are known when it is: backward only scales them, in place unless the
+    graph is kept for another backward. Given none, it is a number not to be differentiated."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, loss, *gradients):
+    def forward(ctx, loss, gradients, *inputs):
         ctx.gradients = gradients
         return loss
 
@@ -171,12 +182,14 @@ class _Scalar(torch.autograd.Function):
     def backward(ctx, gradient):
         gradients = ctx.gradients
         if gradients is None:
-            raise RuntimeError("backward through a fused loss a second time: the first one needs retain_graph=True")
+            raise RuntimeError("backward through a fused loss a second time: the first one needs "
+                               "retain_graph=True, and there is no second derivative")
         if torch.compiler.is_compiling() or _graph_is_kept():
             scaled = [None if x is None else x * gradient.to(x.dtype) for x in gradients]
         else:
-            ctx.gradients, scaled = None, [None if x is None else x.mul_(gradient) for x in gradients]
-        return *scaled, None, None, None
+            ctx.gradients = None
+            scaled = [None if x is None else x.detach().mul_(gradient) for x in gradients]
+        return None, None, *scaled
 
 
 # Private, but PyTorch's own checkpointing asks it too. Where it is missing, the gradients are copied.
@@ -224,7 +237,7 @@ def linear_cross_entropy(hidden, weight, targets, denominator=None, ignore_index
             if any(needs):
                 _put_(logits, t, losses.neg().expm1() * scale)                                   # p - 1, exact also where p is nearly 1
                 gradients.add(start, h, w, logits)
-    return _Scalar.apply(hidden, weight, loss * scale, *gradients.both())
+    return _Scalar.apply(loss * scale, gradients.both(), hidden, weight)
 
 
 def linear_distillation(hidden, weight, teacher_hidden, teacher_weight, kind="forward_kl", mask=None, temperature=1.0, denominator=None):
@@ -250,7 +263,7 @@ def linear_distillation(hidden, weight, teacher_hidden, teacher_weight, kind="fo
         for start, logits, (h, t) in _chunks(w, hidden, teacher_hidden):
             loss += _run(_distillation_, logits, t @ teacher_weight.to(t.dtype).T, heat, scale, kind).sum()
             gradients.add(start, h, w, logits)
-    return _Scalar.apply(hidden, weight, loss * scale, *gradients.both())
+    return _Scalar.apply(loss * scale, gradients.both(), hidden, weight)
 
 
 class _Logprobs(torch.autograd.Function):
@@ -267,20 +280,24 @@ class _Logprobs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx, scale, entropy_scale):
+    def backward(ctx, *above):
         hidden, weight, targets, heat, logprobs, normalizer, entropy = ctx.saved_tensors
-        w, gradients = weight.to(hidden.dtype), _Gradients(hidden, weight, ctx.needs_input_grad)
-        scale = torch.zeros_like(logprobs) if scale is None else scale
-        target = -scale * logprobs.expm1()                         # (N,), the gradient of the target's own logit
-        if entropy_scale is not None:
-            target = target - entropy_scale * logprobs.exp() * (logprobs + entropy)
-        extra = () if entropy_scale is None else (entropy, entropy_scale.contiguous())
-        kernel = _logprobs_gradient_ if entropy_scale is None else _entropy_gradient_
-        for start, logits, (h, t, own, *rows) in _chunks(w, hidden, targets[:, None], target * heat, normalizer, scale.contiguous(), *extra):
-            _run(kernel, logits, heat, *rows)
-            _put_(logits, t, own[:, None])
-            gradients.add(start, h, w, logits)
-        return *gradients.both(), None, None
+        gradients = _Gradients(hidden, weight, ctx.needs_input_grad)
+        with torch.no_grad():
+            scale, entropy_scale = above
+            w = weight.to(hidden.dtype)
+            scale = torch.zeros_like(logprobs) if scale is None else scale
+            target = -scale * logprobs.expm1()                     # (N,), of the target's own logit
+            rows, kernel = [normalizer, scale.contiguous()], _logprobs_gradient_
+            if entropy_scale is not None:
+                target = target - _weigh(logprobs.exp(), entropy_scale * (logprobs + entropy))
+                rows, kernel = [*rows, entropy, entropy_scale.contiguous()], _entropy_gradient_
+            rows = targets[:, None], target * heat, *rows
+            for start, logits, (h, t, own, *rest) in _chunks(w, hidden, *rows):
+                _run(kernel, logits, heat, *rest)
+                _put_(logits, t, own[:, None])
+                gradients.add(start, h, w, logits)
+        return *gradients.both(*above), None, None
 
 
 def linear_logprobs(hidden, weight, targets, temperature=1.0):

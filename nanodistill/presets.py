@@ -61,8 +61,8 @@ SIZES = {
 STUDENTS = ("tiny", *(name for name, size in SIZES.items() if size.as_student))
 
 # Tried: the column "tiny", on its own task; docs/log.md has what else was tried there. On that task
-# 135m was tried with higher rates (2e-4, 1e-4, 3e-5), and PPO's was too high. The other columns
-# have not been tried; they are what is usual in the field. PPO: 1e-6 for the
+# 135m was tried too: SFT at 2e-4; PPO at 3e-5 did harm, and at 5e-6 none. The other columns have
+# not been tried; they are what is usual in the field. PPO: 1e-6 for the
 # policy and 1e-5 for the value model are in verl's GSM8K example (deepseek-llm-7b-chat,
 # examples/split_placement/run_deepseek7b_llm.sh), 1e-6 and 5e-6 in MindSpeed-RL's
 # (configs/ppo_qwen25_32b_A3.yaml). SFT and the reward model: rates between those, higher for the

@@ -39,9 +39,17 @@ def bt_loss(good, bad, denominator):
     return -F.logsigmoid(good - bad).sum() / denominator
 
 
+def numbers(scores):
+    """Scores as an array, for the figures below. Raises ValueError if one is nan, without rank."""
+    scores = np.asarray(scores, float)
+    if np.isnan(scores).any():
+        raise ValueError(f"{np.isnan(scores).sum()} of {len(scores)} scores are nan")
+    return scores
+
+
 def auc(scores, labels):
-    """Probability that a random good response scores above a random bad one, ties counting half. nan if one kind is missing."""
-    scores, labels = np.asarray(scores, float), np.asarray(labels, bool)
+    """P(a random good score is above a bad one), ties half; nan if one kind is missing."""
+    scores, labels = numbers(scores), np.asarray(labels, bool)
     good, bad = labels.sum(), (~labels).sum()
     if good == 0 or bad == 0:
         return float("nan")
@@ -51,11 +59,13 @@ def auc(scores, labels):
 
 
 def calibration(scores, labels, bins=10):
-    """Reliability of sigmoid(score) as a probability: (expected calibration error, [(mean predicted, share good, n)] by equal bins)."""
-    p, labels = 1 / (1 + np.exp(-np.asarray(scores, float))), np.asarray(labels, float)
+    """Reliability of sigmoid(score) as a probability: (expected calibration error, nan if empty;
+    [(mean predicted, share good, n)] by equal bins)."""
+    p, labels = np.exp(-np.logaddexp(0, -numbers(scores))), np.asarray(labels, float)
     which = np.minimum((p * bins).astype(int), bins - 1)
     rows = [(float(p[which == b].mean()), float(labels[which == b].mean()), int((which == b).sum())) for b in range(bins) if (which == b).any()]
-    return sum(n * abs(predicted - good) for predicted, good, n in rows) / max(len(p), 1), rows
+    gaps = [n * abs(predicted - good) for predicted, good, n in rows]
+    return sum(gaps) / len(p) if rows else float("nan"), rows
 
 
 def measure(scores, labels):

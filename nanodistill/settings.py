@@ -9,6 +9,7 @@ other settings than are asked for is never gone on with: an error names what dif
 
 import argparse
 import dataclasses
+import datetime
 import difflib
 import json
 import math
@@ -20,9 +21,9 @@ from nanodistill.weights import write_atomic
 
 # What each stage makes, and which of the stage's settings it depends on besides those of the whole
 # run; None: on all of them.
-MADE = {"teacher": {"teacher.jsonl": ("samples", "temperatures", "max_new_tokens"),
-                    "labels.jsonl": ("samples", "temperatures", "max_new_tokens", "questions",
-                                     "min_agreement")},
+SAMPLED = ("samples", "temperatures", "max_new_tokens", "teacher_extra", "reasoning")
+MADE = {"teacher": {"teacher.jsonl": SAMPLED,
+                    "labels.jsonl": (*SAMPLED, "questions", "min_agreement")},
         "sft": {"sft": None},
         "rm": {"student.jsonl": ("samples", "max_new_tokens"), "rm": None},
         "rl": {"rl": None}}
@@ -63,6 +64,8 @@ class Common:
     data: str = flag("", "own questions: a .jsonl file with a `question` a line, or a folder with "
                      "train.jsonl and, to be scored, test.jsonl with an `answer` a line; not "
                      "given: the task's published rows", run_wide=True)
+    date: str = flag(None, "what chat templates that print today's date are given, such as "
+                     "2026-01-31; not given: the day the run began", run_wide=True)
     seed: int = flag(1, "samples, order of the batches, and the embedded task's questions",
                      least=0, most=2**62, run_wide=True)
     out: str = flag(None, "run folder; not given: out/<task>-<student>", result=False,
@@ -200,6 +203,7 @@ def dial(given):
     if given.get("seed", 1) != 1:
         parts.append(f"seed{given['seed']}")
     derived["out"] = f"out/{'-'.join(parts)}", "after what the run is"
+    derived["date"] = datetime.date.today().isoformat(), "today, and in this run from now on"
     return derived
 
 
@@ -212,7 +216,13 @@ def idle(given, values):
         return [f"{option('', '', f)} does nothing beside --models, which names all that is "
                 "compared" for f in needless]
     server = "--teacher-url http://host:8000/v1 --teacher-model NAME"
+    try:
+        datetime.date.fromisoformat(values["date"])
+        no_date = False
+    except ValueError:
+        no_date = True
     rules = [
+        (no_date, f"--date {values['date']}: wants a day such as 2026-01-31"),
         (student == "8b" and not (teacher or url), "--student 8b: its teacher is larger than most "
          f"machines hold, so it is behind a server: {server} (or --teacher names a local one)"),
         (student != "8b" and not (teacher or url), f"--student {student}: who teaches it? Name it: "
@@ -284,7 +294,8 @@ def save(folder, stage, configs):
                 if f.metadata["run_wide"] and f.metadata["result"]]
     # A section of another run that once had this folder, and left no work in it, goes.
     saved = {s: values for s, values in load(folder).items()
-             if s in configs or all(values.get(k) == getattr(asked, k) for k in run_wide)}
+             if s in configs or all(values.get(k, getattr(asked, k)) == getattr(asked, k)
+                                    for k in run_wide)}
     for s, config in configs.items():
         # What an older program or another folder's files were made with is not known.
         if s == stage or s in saved or not made(folder, s):

@@ -4,87 +4,154 @@ What a model is asked comes from data, and data may contain the text of a specia
 only the chat template's own special tokens become special. Templates come from outside too and are rendered in Jinja's sandbox.
 """
 
+import copy
 import json
 import re
+import secrets
 from datetime import datetime
 from pathlib import Path
 
 from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import AddedToken, Tokenizer as HFTokenizer
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 
 
-def _read_json(path):
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+def read_json(path):
+    """The object in a JSON file; {} if there is none. Raises ValueError that names the file: no
+    JSON (NaN is none), no object, a key twice in one object."""
+    def once(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError(f"a key stands twice: {[key for key, _ in pairs]!r:.200}")
+        return dict(pairs)
 
-
-def _token_text(entry):
-    """A special token in tokenizer_config.json is a string, or a dict with its "content", or null."""
-    return entry["content"] if isinstance(entry, dict) else entry
+    try:
+        text = path.read_text(encoding="utf-8") if path.exists() else "{}"
+        value = json.loads(text, object_pairs_hook=once, parse_constant=int)     # int("NaN") raises
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return value
 
 
 class Tokenizer:
     """The tokenizer of an HF folder.
 
-    `eos_ids` list[int]: what ends a response, first the one that training appends. From generation_config.json, else config.json.
+    `date` ("2026-11-25") is the day that templates print; None: today.
+    `eos_ids` list[int]: what ends a response, first the one that training appends: the template's
+    end of turn. The others from generation_config.json, else config.json.
     `pad_id` int: fills the batch on the right; never one of `eos_ids`, so that ending a response is learned and scored.
-    Raises FileNotFoundError if the folder has no tokenizer.json, ValueError if no stop token is named anywhere.
+    Raises FileNotFoundError if the folder has no tokenizer.json; ValueError that names the file: it
+    is damaged, no stop token is named, the model has no row for a token, or the template fails on a
+    question or leaves it out. A template that loops for ever is not found out.
     """
 
-    def __init__(self, folder):
-        folder = Path(folder)
-        if not (folder / "tokenizer.json").exists():
+    def __init__(self, folder, date=None):
+        self.folder = folder = Path(folder)
+        path, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
+        if not path.exists():
             raise FileNotFoundError(f"{folder}: no tokenizer.json. Convert the model's tokenizer with transformers' save_pretrained first.")
-        self.tokenizer = HFTokenizer.from_file(str(folder / "tokenizer.json"))
+        try:
+            self.tokenizer = HFTokenizer.from_file(str(path))
+        except Exception as error:                               # it has no type of its own
+            raise ValueError(f"{path} is no tokenizer: {error!r:.300}") from None
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.tokenizer.encode_special_tokens = True              # from here on `encode` reads "<|eot_id|>" as text
-        config = _read_json(folder / "tokenizer_config.json")
-        self.bos, self.eos = _token_text(config.get("bos_token")), _token_text(config.get("eos_token"))
-        added = self.tokenizer.get_added_tokens_decoder()        # {id: AddedToken}
-        self.special_ids = {token.content: i for i, token in added.items() if token.special}
+        config, shape = read_json(settings), read_json(folder / "config.json")
+        if "added_tokens_decoder" not in config:                 # as transformers reads old folders
+            config |= read_json(folder / "special_tokens_map.json")
+        # A special token is a text, or an object with its "content", or null.
+        texts = {key: value.get("content") if isinstance(value, dict) else value
+                 for key, value in config.items() if key.endswith("_token")}
+        self.named = {key: text for key, text in texts.items() if isinstance(text, str)}
+        ids = set(self.tokenizer.get_vocab().values())
+        self.vocab_size, rows = max(ids, default=-1) + 1, shape.get("vocab_size")
+        if isinstance(rows, int) and self.vocab_size > rows:
+            raise ValueError(f"{path} has token ids up to {self.vocab_size - 1}, and config.json's "
+                             f"vocab_size is {rows}: the model has no row for them")
+        self._names(ids)
 
-        stops = _read_json(folder / "generation_config.json").get("eos_token_id")
-        if stops is None:
-            stops = _read_json(folder / "config.json").get("eos_token_id")
-        if stops is None:
-            stops = self.special_ids.get(self.eos)
-        if stops is None:
+        self.source = folder / "chat_template.jinja"
+        self.source = self.source if self.source.exists() else settings
+        template, self.template, end = config.get("chat_template"), None, None
+        if template is not None or self.source != settings:
+            now = datetime.fromisoformat(date) if date else datetime.now()
+            self.template = _compile(self.source, template, now)
+            if self.mark not in self.render(self.mark):
+                raise ValueError(f"{self.source}: the chat template leaves the question out")
+            turns = self._render([("user", "Q"), ("assistant", self.mark)], False)
+            end = re.search(self.special, turns.partition(self.mark)[2])     # closes an answer
+
+        eos = self.special_ids.get(self.named.get("eos_token"))
+        path = next((path for path in (folder / "generation_config.json", folder / "config.json")
+                     if read_json(path).get("eos_token_id") is not None), settings)
+        stops = eos if path == settings else read_json(path)["eos_token_id"]
+        stops = stops if isinstance(stops, list) else [stops] * (stops is not None)
+        wrong = [i for i in stops if type(i) is not int or i not in ids]
+        if wrong or ids <= set(stops):
+            raise ValueError(f"{path}: eos_token_id {wrong or stops}: no tokens, or all there are")
+        first = [self.special_ids[end[0]]] if end else [eos] if eos in stops else []
+        self.eos_ids = list(dict.fromkeys(first + stops))
+        if not self.eos_ids:
             raise ValueError(f"{folder}: no eos_token_id in generation_config.json or config.json: nothing would end a response.")
-        self.eos_ids = list(stops) if isinstance(stops, list) else [stops]
-        template = folder / "chat_template.jinja"
-        template = template.read_text(encoding="utf-8") if template.exists() else config.get("chat_template")
-        if isinstance(template, list):                           # several named templates: [{"name", "template"}]
-            template = {t["name"]: t["template"] for t in template}["default"]
-        self.template = _compile(template) if template else None
-        own = self._end_of_turn()
-        if own in self.eos_ids:
-            self.eos_ids = [own] + [i for i in self.eos_ids if i != own]
 
-        pad = self.special_ids.get(_token_text(config.get("pad_token")))
-        candidates = [pad, self.special_ids.get(self.bos), *range(len(self.eos_ids) + 1)]
-        self.pad_id = next(i for i in candidates if i is not None and i not in self.eos_ids)
+        # A token that stands in prompts would be taken for padding by others' programs.
+        prompt, pads = self.prompt_ids("Q"), [self.special_ids.get(self.named.get("pad_token"))]
+        if self.mark in self.decode(prompt):
+            raise ValueError(f"{folder / 'tokenizer.json'}: the special tokens of a prompt are not "
+                             "read as such: mark them as not normalized")
+        pads += sorted(self.special_ids.values(), key=lambda i: i in prompt) + sorted(ids)
+        self.pad_id = next(i for i in pads if i is not None and i not in self.eos_ids)
 
-    @property
-    def vocab_size(self):
-        return self.tokenizer.get_vocab_size(with_added_tokens=True)
+    def _names(self, ids):
+        """`special_ids` {text: id}, and what lets the library encode a prompt as a whole: the
+        template's special tokens go under second names, which no text from data can guess."""
+        tokens = self.tokenizer.get_added_tokens_decoder         # () -> {id: AddedToken}
+        marked = {token.content for token in tokens().values() if token.special}
+        self.tokenizer.add_special_tokens([                      # named, but not marked as special
+            text for text in {*self.named.values()} - marked
+            if self.tokenizer.token_to_id(text) in ids])
+        found = {token.content: (i, token) for i, token in tokens().items() if token.special}
+        self.mark = f"{secrets.randbelow(10**24):024}"           # digits: no filter changes them
+        self.special_ids = {text: i for text, (i, _) in found.items()}
+        names = sorted(found, key=len, reverse=True)             # the longest that fits is meant
+        self.special = "|".join(map(re.escape, names)) or "(?!)"
+        self.alias = {text: f"\ue000{i}-{self.mark}\ue001" for text, i in self.special_ids.items()}
+        self.tokenizer.add_tokens([
+            AddedToken(self.alias[text], single_word=token.single_word, lstrip=token.lstrip,
+                       rstrip=token.rstrip, normalized=token.normalized)
+            for text, (_, token) in found.items()])
+        self.alias_ids = {self.tokenizer.token_to_id(alias): self.special_ids[text]
+                          for text, alias in self.alias.items()}
 
-    def _end_of_turn(self):
-        """Id of the special token that the template closes an answer with; tokenizer_config's eos_token without a template."""
-        if self.template is not None:
-            _, _, after = self._render([{"role": "user", "content": "Q"}, {"role": "assistant", "content": "\ue000"}], False).partition("\ue000")
-            found = re.search("|".join(map(re.escape, sorted(self.special_ids, key=len, reverse=True))) or "$^", after)
-            if found:
-                return self.special_ids[found[0]]
-        return self.special_ids.get(self.eos)
+    def files(self):
+        """{name: bytes or text} of a folder with this tokenizer, in which others' programs find the
+        stop tokens and the padding that this one takes."""
+        files = {name: (self.folder / name).read_bytes() for name in FILES
+                 if (self.folder / name).exists()}
+        changes, same = {"generation_config.json": {"eos_token_id": self.eos_ids}}, copy.copy(self)
+        pad = {"pad_token": self.tokenizer.id_to_token(self.pad_id)}
+        same.named = {**self.named, **pad}
+        if self.pad_id in self.special_ids.values() and same.render("Q") == self.render("Q"):
+            changes |= {name: pad for name in files if name in (FILES[1], FILES[2])}
+        for name, change in changes.items():
+            theirs = read_json(self.folder / name)
+            if theirs != theirs | change:
+                files[name] = json.dumps(theirs | change, indent=1) + "\n"
+        return files
 
-    def _render(self, messages, add_generation_prompt):
+    def _render(self, turns, add_generation_prompt):
+        """The chat template on [(role, content)], with the variables that transformers gives it."""
         try:
-            return self.template.render(messages=messages, add_generation_prompt=add_generation_prompt, bos_token=self.bos or "", eos_token=self.eos or "")
-        except TemplateError as error:
-            raise ValueError(f"the chat template failed: {error}") from error
+            return self.template.render(
+                messages=[{"role": role, "content": content} for role, content in turns],
+                tools=None, documents=None, add_generation_prompt=add_generation_prompt,
+                **self.named)
+        except Exception as error:                               # whatever a stranger's text raises
+            raise ValueError(f"{self.source}: the chat template failed: {error!r:.300}") from error
 
     def encode(self, text):
         """Text -> ids, without BOS or EOS; a special token's text is read as text."""
@@ -92,49 +159,58 @@ class Tokenizer:
 
     def decode(self, ids):
         """Ids -> text, special tokens left out."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        ids = [i for i in ids if i not in self.alias_ids]
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def render(self, message):
         """The prompt as text: the chat template with one user message and the opening of the answer; BOS + message without one."""
         if self.template is None:
-            return (self.bos or "") + message
-        return self._render([{"role": "user", "content": message}], True)
+            return self.named.get("bos_token", "") + message
+        return self._render([("user", message)], True)
 
     def prompt_ids(self, message):
         """Prompt ids of one user message. Special tokens come from the template alone.
 
-        Each special token's text inside the message is swapped for a marker before the template is rendered. Then every special
-        token in the rendered text is the template's, and the text between two of them, markers swapped back, is encoded as text.
+        Each special token's text inside the message is swapped for a mark before the template is
+        rendered. Then every special token in the rendered text is the template's.
         """
-        names = sorted(self.special_ids, key=len, reverse=True)
-        if not names:
-            return self.encode(self.render(message))
-        special = re.compile("|".join(map(re.escape, names)))
-        held = []
-
-        def hold(match):
-            held.append(match[0])
-            return f"\ue000{len(held) - 1}\ue001"                # private-use characters, which no template touches
-
-        def release(text):
-            return re.sub("\ue000(\\d+)\ue001", lambda m: held[int(m[1])], text)
-
-        if "\ue000" in message or "\ue001" in message:
-            message = message.replace("\ue000", "\ufffd").replace("\ue001", "\ufffd")
-        rendered, ids, start = self.render(special.sub(hold, message)), [], 0
-        for match in special.finditer(rendered):
-            ids += self.encode(release(rendered[start:match.start()])) + [self.special_ids[match[0]]]
-            start = match.end()
-        return ids + self.encode(release(rendered[start:]))
+        if self.template is None:
+            bos = self.special_ids.get(self.named.get("bos_token"))
+            return [bos] * (bos is not None) + self.encode(message)
+        names = list(self.alias)
+        text = re.sub(self.special, lambda m: f"{self.mark}{names.index(m[0]):06}", message)
+        text = re.sub(f"{self.mark}(\\d{{6}})|{self.special}", lambda m:
+                      names[int(m[1])] if m[1] else self.alias[m[0]], self.render(text))
+        return [self.alias_ids.get(i, i) for i in self.encode(text)]
 
 
-def _compile(template):
-    """A Jinja template as transformers renders them, in the sandbox that forbids attribute tricks and changes to its inputs."""
+def _compile(path, template, now):
+    """A Jinja template as transformers renders them, in the sandbox that forbids attribute tricks and changes to its inputs.
+
+    From `path` if that is a .jinja file, else `template`: one, or several with names.
+    """
     def raise_exception(message):
         raise TemplateError(message)
 
+    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                          sort_keys=sort_keys)
+
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
+    environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(template)
+    environment.globals["strftime_now"] = now.strftime
+    try:
+        if path.suffix == ".jinja":
+            template = path.read_text(encoding="utf-8")
+        elif isinstance(template, list):                         # [{"name", "template"}]
+            template = {t["name"]: t["template"] for t in template}
+        if isinstance(template, dict):
+            if "default" not in template:
+                raise ValueError(f"none is named default, but {', '.join(map(str, template))}")
+            template = template["default"]
+        # Training tells answers by `generation` blocks; here they are a scope like any other.
+        template = re.sub(r"({%[-+]?\s*(?:end)?)generation(\s*[-+]?%})", r"\1with\2", template)
+        return environment.from_string(template)
+    except Exception as error:
+        raise ValueError(f"{path}: its chat template cannot be read: {error!r:.300}") from None

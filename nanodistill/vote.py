@@ -16,18 +16,23 @@ class Vote:
     n: int
 
 
+def plurality(answers):
+    """The answers that most samples gave: several if they tie, [] if all are None."""
+    counts = Counter(a for a in answers if a is not None)
+    most = max(counts.values(), default=0)
+    return [a for a, count in counts.items() if count == most]
+
+
 def majority(answers, min_agreement=0.0):
     """The vote over the extracted answers (str, or None where a response has no answer) of one question's samples.
 
     Ours, not the paper's: a tie for the first place drops the question, since nothing tells which side is right; so does an
     agreement below `min_agreement`. Answers must be normalised, so that equal answers are equal strings.
     """
-    counts = Counter(a for a in answers if a is not None).most_common(2)
-    if not counts:
-        return Vote(None, 0.0, len(answers))
-    agreement = counts[0][1] / len(answers)
-    tied = len(counts) == 2 and counts[0][1] == counts[1][1]
-    return Vote(None if tied or agreement < min_agreement else counts[0][0], agreement, len(answers))
+    first = plurality(answers)
+    agreement = answers.count(first[0]) / len(answers) if first else 0.0
+    kept = len(first) == 1 and agreement >= min_agreement
+    return Vote(first[0] if kept else None, agreement, len(answers))
 
 
 def labels(answers, vote):

@@ -32,6 +32,13 @@ def tokenizer_folder(tmp_path_factory):
     return folder
 
 
+def pytest_collection_modifyitems(config, items):
+    """What takes minutes is skipped, unless -m asks for it."""
+    for item in items:
+        if "slow" in item.keywords and "slow" not in config.getoption("-m"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes: pytest -m slow"))
+
+
 @pytest.fixture(scope="session")
 def assets():
     if not ASSETS.exists():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train_rl
-from data.dry_run import report
+from data.dry_run import report, shape, table
 from nanodistill import fit, presets, settings
 from nanodistill.model import ScalarModel
 
@@ -69,8 +69,7 @@ def test_two_layers_more_take_what_the_first_ones_took():
 
 
 def tiny(stage, batch, device="cpu", free=GB24):
-    shape = fit.shape("tiny", "student")
-    return fit.choose(stage, shape, FP32, free, batch=batch, prompt=60, response=56, jobs=6000,
+    return fit.choose(stage, shape("tiny", "student"), FP32, free, batch=batch, prompt=60, response=56, jobs=6000,
                       device=device)
 
 
@@ -148,7 +147,7 @@ def test_a_teacher_behind_a_server_takes_no_memory_of_this_machine():
 
 def test_the_readmes_table_of_cards_is_the_planners():
     readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
-    assert fit.table() in readme
+    assert table() in readme
 
 
 def test_attention_keeps_no_square_of_the_length_on_cuda():

@@ -19,10 +19,12 @@ import torch
 from hub import CHATML, LLAMA, WEIGHTS, Hub, Repository, build
 from huggingface_hub import _tree_cache, constants, file_download
 
+import data.hub
+from data.hub import bytes_to_fetch, resolve
 from nanodistill import vote, weights
 from nanodistill.generate import generate
 from nanodistill.tokenizer import Tokenizer
-from nanodistill.weights import bytes_to_fetch, load, load_config, resolve
+from nanodistill.weights import load, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDENT, TEACHER = "meta-llama/Llama-3.2-1B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"
@@ -59,7 +61,7 @@ def at(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(weights, "_silent", set())
+    monkeypatch.setattr(data.hub, "_silent", set())
     monkeypatch.setattr(file_download, "time", SimpleNamespace(sleep=lambda seconds: None))
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setenv("no_proxy", "127.0.0.1")

@@ -1,5 +1,6 @@
 """Fused losses against PyTorch's own operations on full logits, with an error budget in bf16."""
 
+import math
 import os
 import subprocess
 import sys
@@ -121,6 +122,91 @@ def test_a_gradient_that_is_not_needed_is_not_computed(frozen):
         torch.testing.assert_close(alone, [loss, both[1 - frozen]], rtol=0, atol=0)
         with torch.no_grad():
             assert loss_of(hidden, weight) == loss and not loss_of(hidden, weight).requires_grad
+
+
+def losses_of(hidden, weight, targets, teacher_hidden, teacher_weight):
+    """{name: scalar} of every fused loss."""
+    def both(use):
+        return use(*linear_logprobs(hidden, weight, targets, 0.7)).sum()
+
+    return {"cross-entropy": linear_cross_entropy(hidden, weight, targets),
+            "logprobs": both(lambda logprobs, _: logprobs**2),
+            "entropy": both(lambda _, entropy: entropy**2),
+            "both": both(lambda logprobs, entropy: logprobs + entropy**2),
+            **{kind: linear_distillation(hidden, weight, teacher_hidden, teacher_weight, kind)
+               for kind in ("forward_kl", "reverse_kl", "jsd")}}
+
+
+def test_tokens_with_logits_of_minus_infinity_are_as_if_they_were_not_there():
+    """Values and gradients are those of the other tokens alone, by PyTorch."""
+    hidden, weight, targets = (x.detach() for x in inputs(40, 8, 33, ignored=0))
+    teacher_hidden, teacher_weight, _ = (x.detach() for x in inputs(40, 8, 33, seed=1))
+    gone, rest = [4, 17, 32], [i for i in range(33) if i not in (4, 17, 32)]
+    targets = torch.tensor(rest)[targets % 30]
+    for h, w in ((hidden, weight), (teacher_hidden, teacher_weight)):
+        h[:, 0], w[:, 0] = 1e25, 0.0
+        w[gone, 0] = -1e25                                               # -1e50: beyond fp32
+    assert (hidden @ weight.T)[:, gone].isneginf().all()
+    fused = losses_of(hidden.requires_grad_(), weight.requires_grad_(), targets,
+                      teacher_hidden, teacher_weight)
+    logits, teacher = hidden @ weight[rest].T, teacher_hidden @ teacher_weight[rest].T
+    where = torch.searchsorted(torch.tensor(rest), targets)[:, None]
+    logprobs = torch.log_softmax(logits / 0.7, -1).gather(1, where).squeeze(1)
+    entropy = torch.distributions.Categorical(logits=logits / 0.7).entropy()
+    expected = {"cross-entropy": F.cross_entropy(logits, where.squeeze(1)),
+                "logprobs": (logprobs**2).sum(), "entropy": (entropy**2).sum(),
+                "both": (logprobs + entropy**2).sum(),
+                **{kind: x.mean() for kind, x in divergences(logits, teacher).items()}}
+    for name, loss in fused.items():
+        loss, dh, dw = gradients(loss, hidden, weight)
+        value = expected[name].detach()
+        dh_expected, dw_expected = torch.autograd.grad(expected[name], (hidden, weight),
+                                                       retain_graph=True)
+        assert dh.isfinite().all() and dw.isfinite().all() and not dw[gone].any(), name
+        torch.testing.assert_close([loss, dh[:, 1:], dw[:, 1:]],
+                                   [value, dh_expected[:, 1:], dw_expected[:, 1:]],
+                                   rtol=1e-4, atol=1e-4)
+
+
+def test_what_has_no_finite_answer_is_not_given_one():
+    inf, nan, one = torch.inf, torch.nan, torch.ones(())
+    _, entropy = losses._statistics(torch.tensor(
+        [[0.0, 0.0, -inf], [5.0, -inf, -inf], [-inf, -inf, -inf], [0.0, nan, -inf]]), one)
+    torch.testing.assert_close(entropy[:2], torch.tensor([math.log(2), 0.0]))
+    assert entropy[2:].isnan().all()                                     # no token; no number
+    flat, half = torch.zeros(1, 3), torch.tensor([[0.0, 0.0, -inf]])
+    kl = losses._distillation_(student := flat.clone(), half, one, one, "forward_kl")
+    torch.testing.assert_close(kl, torch.tensor([math.log(1.5)]))        # 1/2 against 1/3
+    torch.testing.assert_close(student, torch.tensor([[-1 / 6, -1 / 6, 1 / 3]]))
+    assert losses._distillation_(half.clone(), flat, one, one, "forward_kl") == inf
+    assert losses._distillation_(flat.clone(), half, one, one, "reverse_kl") == inf
+    assert losses._distillation_(flat.clone(), flat * nan, one, one, "jsd").isnan()
+    # A target that cannot be sampled: its logprob is -inf, the entropy's gradient is not.
+    hidden = torch.tensor([[1e25, 1.0]], requires_grad=True)
+    weight = torch.tensor([[0.0, 1.0], [0.0, 2.0], [-1e25, 0.0]])
+    logprobs, entropy = linear_logprobs(hidden, weight, torch.tensor([2]))
+    p = 1 / (1 + math.e)                                                 # dH / dh = -p (1 - p)
+    assert logprobs == -inf
+    torch.testing.assert_close(torch.autograd.grad(entropy, hidden)[0],
+                               torch.tensor([[0.0, -p * (1 - p)]]))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_second_derivative_is_an_error_and_not_nothing(first):
+    """Of a penalty on the gradient alone, and of one beside what has a gradient anyway."""
+    hidden, weight, targets = inputs(40, 8, 33, ignored=0)
+    teacher_hidden, teacher_weight, _ = inputs(40, 8, 33, seed=1)
+    both = hidden, weight
+    for loss in losses_of(*both, targets, teacher_hidden, teacher_weight).values():
+        gradient, = torch.autograd.grad(loss, both[first], create_graph=True)
+        for total in (gradient.sum(), loss + gradient.pow(2).sum() + weight.sum()):
+            with pytest.raises(RuntimeError, match="no second derivative"):
+                total.backward(retain_graph=True)
+            for to in both:
+                with pytest.raises(RuntimeError, match="no second derivative"):
+                    torch.autograd.grad(total, to, retain_graph=True)
+        plain, = torch.autograd.grad(loss, both[first])
+        assert not plain.requires_grad and torch.equal(plain, gradient)
 
 
 def test_distillation_of_another_kind_is_an_error():

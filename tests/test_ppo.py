@@ -41,6 +41,15 @@ def test_gae_with_lambda_1_is_the_discounted_return_less_the_value():
     torch.testing.assert_close(advantages, returns - values, rtol=1e-4, atol=1e-5)
 
 
+def test_gae_discounts_by_default_with_gamma_1_and_lambda_095():
+    # Values 1 and 1, a reward of 1 at the end: delta 2 = 0, delta 1 = V2 - V1 = 0 if gamma is 1.
+    # Values 1 and 2: delta 2 = -1, delta 1 = 1, A1 = 1 - 0.95. With 0.9, 0.5: 0.8 - 0.45.
+    rewards, mask = T([[0.0, 1.0]]), torch.ones(1, 2, dtype=torch.bool)
+    for values, args, expected in (([1.0, 1.0], (), [0.0, 0.0]), ([1.0, 2.0], (), [0.05, -1.0]),
+                                   ([1.0, 2.0], (0.9, 0.5), [0.35, -1.0])):
+        torch.testing.assert_close(ppo.gae(rewards, T([values]), mask, *args)[0], T([expected]))
+
+
 def test_whiten_by_hand():
     x, mask = T([[1.0, 3.0, 99.0], [5.0, 7.0, -99.0]]), T([[True, True, False], [True, True, False]])
     r5 = math.sqrt(5)                                                    # of 1 3 5 7: mean 4, variance 5
@@ -70,6 +79,28 @@ def test_policy_loss_by_hand():
     torch.testing.assert_close(stats["approx_kl"], T((0 + 0.5 - math.log(1.5) + -0.5 - math.log(0.5)) / 3))
 
 
+def test_policy_loss_over_the_whole_batchs_tokens_with_another_clip():
+    # Ratios 2, 1.25 and, outside the mask, e^50 (fp32 holds e^88). Clip 0.5, advantages 1 and -1:
+    # losses -1.5 (clipped) and 1.25, -0.25 in all, over 8 tokens of which these are two.
+    old = torch.log(T([[0.25, 0.4, 0.5]]))
+    new = old + T([[math.log(2), math.log(1.25), 50.0]])
+    mask = T([[True, True, False]])
+    loss, stats = ppo.policy_loss(new, old, T([[1.0, -1.0, 7.0]]), mask, clip=0.5, denominator=8)
+    torch.testing.assert_close(loss, T(-0.25 / 8))
+    torch.testing.assert_close(stats["ratio"], T(3.25 / 8))
+    torch.testing.assert_close(stats["clipfrac"], T(1 / 8))
+    kl = (1 - math.log(2)) + (0.25 - math.log(1.25))                     # k3: ratio - 1 - log ratio
+    torch.testing.assert_close(stats["approx_kl"], T(kl / 8))
+    loss, stats = ppo.policy_loss(new, old, T([[1.0, -1.0, 7.0]]), mask, clip=0.5)
+    torch.testing.assert_close(loss, T(-0.125))
+    torch.testing.assert_close(stats["ratio"], T(1.625))
+    # What lies outside the mask may be too far away for exp: no gradient comes from there.
+    new = T([[-1.0, 500.0]]).requires_grad_()
+    loss, _ = ppo.policy_loss(new, T([[-1.0, 0.0]]), T([[2.0, 2.0]]), T([[True, False]]))
+    loss.backward()
+    torch.testing.assert_close(new.grad, T([[-2.0, 0.0]]))
+
+
 def test_policy_gradient_stops_where_clipped():
     new = torch.log(T([[0.75, 0.25, 0.75, 0.25]])).requires_grad_()
     old = torch.log(T([[0.5, 0.5, 0.5, 0.5]]))
@@ -84,6 +115,15 @@ def test_value_loss_by_hand():
     torch.testing.assert_close(loss, T(0.3625))
 
 
+def test_value_loss_keeps_the_worse_one_within_the_clip_it_is_given():
+    # Clip 0.5, old 0. Value 1, return 1: near 0.5, 0 against 0.25. Value 2, return 0: near 0.5,
+    # 4 against 0.25. Value -0.3, return 0: 0.09. The fourth is masked. Half of 4.34 / 10, or / 3.
+    args = (T([[1.0, 2.0, -0.3, 50.0]]), T([[0.0] * 4]), T([[1.0, 0.0, 0.0, 0.0]]),
+            T([[True, True, True, False]]))
+    torch.testing.assert_close(ppo.value_loss(*args, clip=0.5, denominator=10), T(0.217))
+    torch.testing.assert_close(ppo.value_loss(*args, clip=0.5), T(4.34 / 6))
+
+
 def test_explained_variance():
     returns, mask = T([[1.0, 2.0, 3.0, 77.0]]), T([[True, True, True, False]])
     assert ppo.explained_variance(returns + 5, returns, mask) == 1
@@ -95,3 +135,4 @@ def test_kl_coefficient_by_hand():
     assert ppo.adapt_kl(0.1, 6.6, 6.0, 1000) == pytest.approx(0.1 * (1 + 0.1 * 0.1))
     assert ppo.adapt_kl(0.1, 60.0, 6.0, 1000) == pytest.approx(0.1 * 1.02)   # at most a fifth
     assert ppo.adapt_kl(0.1, 0.0, 6.0, 1000) == pytest.approx(0.1 * 0.98)
+    assert ppo.adapt_kl(0.1, 6.6, 6.0, 1000, 500) == pytest.approx(0.1 * 1.2)

@@ -8,7 +8,7 @@ import torch
 from conftest import random_model
 
 import train_rl
-from data import ready
+from data import hub, ready
 from nanodistill import run, settings, weights
 
 
@@ -38,7 +38,7 @@ def test_the_tiny_default_lacks_nothing_and_nothing_is_written(tmp_path):
 def test_a_full_disk_is_said_before_anything_is_sampled(tmp_path, monkeypatch):
     """The tiny student has 0.4 million weights: three folders, two checkpoints of 24 bytes each."""
     usage = namedtuple("usage", "total used free")
-    count = sum(p.numel() for p in weights.load(weights.TINY / "student").parameters())
+    count = sum(p.numel() for p in weights.load(hub.TINY / "student").parameters())
     for free, fits in ((count * (3 * 4 + 2 * 24) - 1, False), (count * (3 * 4 + 2 * 24) + 1, True)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage(0, 0, free))
         if fits:
@@ -60,7 +60,7 @@ def test_all_that_is_wrong_is_listed_at_once(tmp_path, monkeypatch):
         ready.check("rl", configs(tmp_path, "--questions", "5", "--rm.device", "cuda",
                                   "--max-new-tokens", "300"))
     message = str(stopped.value)
-    assert "--device cuda" in message and "exceed its 256 positions" in message
+    assert "--device cuda" in message and "its 256 positions hold no question" in message
     with pytest.raises(SystemExit, match="rl does not fit"):
         ready.check("rl", configs(tmp_path, "--questions", "5"))
 

@@ -52,3 +52,34 @@ def test_losses_by_hand():
     scores = torch.tensor([math.log(3), -math.log(3)])
     assert reward.bce_loss(scores, torch.tensor([1.0, 1.0]), torch.tensor([0.5, 0.5])).item() == pytest.approx((math.log(4 / 3) + math.log(4)) / 2)
     assert reward.bt_loss(scores[:1], scores[1:], 1).item() == pytest.approx(math.log(10 / 9))    # sigmoid(log 9) = 0.9
+    # Two pairs, over the five of a whole batch: (log(10 / 9) + log(1 + 9)) / 5.
+    loss = reward.bt_loss(scores, scores.flip(0), 5)
+    assert loss.item() == pytest.approx((math.log(10 / 9) + math.log(10)) / 5)
+
+
+def test_figures_of_nothing_and_of_one_kind():
+    nothing = reward.measure([], [])
+    assert nothing.pop("n") == 0 and all(map(math.isnan, nothing.values())) and len(nothing) == 3
+    error, rows = reward.calibration([], [])
+    assert math.isnan(error) and rows == [] and math.isnan(reward.auc([], []))
+    good = reward.measure([1.0, -1.0, 2.0], [True] * 3)
+    assert math.isnan(good["auc"]) and good["accuracy"] == pytest.approx(2 / 3)
+    # Bins of 0.73 (1), 0.27 (-1), 0.88 (2), each with all good: mean of 1 - p.
+    p = [1 / (1 + math.exp(-x)) for x in (1.0, -1.0, 2.0)]
+    assert good["ece"] == pytest.approx(1 - sum(p) / 3)
+
+
+@pytest.mark.parametrize("scores", [[math.nan, 1.0, 2.0], torch.tensor([0.0, 1.0, math.nan])])
+def test_scores_that_are_nan_are_not_ranked(scores):
+    for figure in (reward.auc, reward.calibration, reward.measure):
+        for labels in ([True, False, True], [True] * 3):
+            with pytest.raises(ValueError, match="1 of 3 scores are nan"):
+                figure(scores, labels)
+
+
+@pytest.mark.filterwarnings("error")
+def test_infinite_and_huge_scores_rank_and_are_probabilities_of_0_and_1():
+    scores = [-math.inf, -1e5, 1e5, math.inf]
+    assert reward.auc(scores, [False, True, False, True]) == 0.75
+    error, rows = reward.calibration(scores, [False, False, True, False])
+    assert rows == [(0.0, 0.0, 2), (1.0, 0.5, 2)] and error == 0.25

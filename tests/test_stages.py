@@ -14,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import eval as evaluation
 import train_rl
 import train_rm
 import train_sft
-from data import TASKS, teacher
+from data import TASKS, hub, response_ids, teacher
 from nanodistill import run, weights
 from nanodistill.tokenizer import Tokenizer
 
@@ -129,7 +130,8 @@ class StopAfter:
     ("sft", train_sft, SFT, ["teacher.jsonl", "labels.jsonl"]),
     ("rm", train_rm, RM, ["teacher.jsonl", "labels.jsonl", "student.jsonl", "sft"]),
     ("rl", train_rl, RL, ["teacher.jsonl", "labels.jsonl", "student.jsonl", "sft", "rm"])])
-def test_stopped_and_resumed_equals_unbroken(finished, tmp_path, monkeypatch, stage, script, flags, inputs):
+def test_stopped_and_resumed_equals_unbroken(
+        finished, tmp_path, monkeypatch, capsys, stage, script, flags, inputs):
     out = copy(finished, tmp_path / "broken", *inputs)
     monkeypatch.setattr(run, "interruptible", StopAfter(2))
     monkeypatch.setattr(run, "need", lambda *_: None)                    # no evaluation after RL
@@ -143,8 +145,13 @@ def test_stopped_and_resumed_equals_unbroken(finished, tmp_path, monkeypatch, st
     assert not (folder / "resume.pt").exists()                           # for 1b it has 30 GB
     key = "score" if stage == "rl" else "loss"
     assert steps_of(tmp_path / "broken", stage, key) == steps_of(finished, stage, key) != {}
-    with pytest.raises(SystemExit, match="complete"):                     # nothing is trained twice by accident
-        script.main(COMMON + flags + out)
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    (tmp_path / "broken" / "report.md").write_text("the table")
+    capsys.readouterr()
+    script.main(COMMON + flags + out)                            # nothing is trained twice
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+    printed = capsys.readouterr().out
+    assert "is complete" in printed and (stage != "rl" or "the table" in printed)
 
 
 def test_teacher_resumes_without_asking_twice(sampled, tmp_path):
@@ -164,7 +171,7 @@ def test_teacher_resumes_without_asking_twice(sampled, tmp_path):
 
 def test_a_student_with_another_tokenizer_learns_the_same_from_the_teachers_text(sampled, tmp_path):
     """The tiny student, and the same with its token ids in reverse order: a loss that took the teacher's ids for its own would differ."""
-    source, other = weights.TINY / "student", tmp_path / "other"
+    source, other = hub.TINY / "student", tmp_path / "other"
     shutil.copytree(source, other)
     raw = json.loads((source / "tokenizer.json").read_text())
     last = len(raw["model"]["vocab"]) - 1
@@ -369,7 +376,7 @@ def test_the_gradients_of_a_pass_that_failed_half_way_do_not_count(
                         weight["model.layers.0.mlp.up_proj.weight"]))
     (losses, before), (again, after) = figures
     start = load_file(tmp_path / "True" / "sft" / "model.safetensors" if stage != "sft" else
-                      weights.TINY / "student" / "model.safetensors")
+                      hub.TINY / "student" / "model.safetensors")
     moved = (before - start["model.layers.0.mlp.up_proj.weight"].float()).norm()
     assert sum(passes) > 4 and again == pytest.approx(losses, rel=1e-3)
     assert (after - before).norm() < 0.01 * moved
@@ -415,3 +422,164 @@ def test_own_questions_without_answers_go_through_every_stage_with_one_command(t
     assert report["models"] == {} and set(report["reward_model"]["auc"]) == {"teacher", "sft", "rl"}
     assert "accuracy" not in report["votes"] and report["votes"]["kept"] > 0
     assert "true_accuracy" not in run.read_metrics(folder, "rl")[0]
+
+
+# ---- numbers that are none ----
+
+@pytest.mark.parametrize("script, stage, inputs", [
+    (train_sft, "sft", ["teacher.jsonl", "labels.jsonl"]),
+    (train_rm, "rm", ["teacher.jsonl", "labels.jsonl", "student.jsonl", "sft"]),
+    (train_rl, "rl", ["labels.jsonl", "sft", "rm"])])
+def test_a_stage_that_diverges_stops_and_leaves_no_weights(
+        finished, tmp_path, monkeypatch, script, stage, inputs):
+    """Whatever makes a gradient nan: here a weight that is, of one step on."""
+    out = copy(finished, tmp_path / "run", *inputs)
+    step, calls = torch.optim.AdamW.step, []
+
+    def broken(self, *args, **kwargs):
+        step(self, *args, **kwargs)
+        calls.append(1)
+        if len(calls) == 3:
+            self.param_groups[0]["params"][0].data.fill_(float("nan"))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", broken)
+    flags = {"sft": SFT, "rm": RM, "rl": RL}[stage]
+    with pytest.raises(SystemExit, match=f"{stage}: nan or inf in step"):
+        run.guard(lambda: script.main([*COMMON, *flags, "--save-minutes", "1e-9", *out]))
+    folder = tmp_path / "run" / stage
+    assert not (folder / "model.safetensors").exists()
+    if (folder / "resume.pt").exists():                          # of before it: whole and finite
+        state = torch.load(folder / "resume.pt", weights_only=True)
+        kept = state["policy" if stage == "rl" else "model"]
+        assert all(tensor.isfinite().all() for tensor in kept.values())
+
+
+# ---- the tokens that were sampled ----
+
+def test_the_students_tokens_are_kept_and_are_its_texts(finished):
+    tokenizer = Tokenizer(finished / "sft")
+    for row in run.read_jsonl(finished / "student.jsonl"):
+        for r in row["responses"]:
+            assert tokenizer.decode(r["tokens"]) == r["text"]
+            assert (r["tokens"][-1] in tokenizer.eos_ids) == r["ended"]
+    assert "tokens" not in run.read_jsonl(finished / "teacher.jsonl")[0]["responses"][0]
+
+
+def test_a_responses_ids_are_what_was_sampled_with_the_first_stop_token_at_its_end(finished):
+    tokenizer = Tokenizer(finished / "sft")
+    tokenizer.eos_ids = [tokenizer.eos_ids[0], 77]
+    eos, text = tokenizer.eos_ids[0], "Step 1"
+    whole = tokenizer.encode(text)
+    spelt = [i for c in text for i in tokenizer.encode(c)]       # other tokens of the same text
+    assert len(spelt) > len(whole)
+    for ended, tokens, expected in ((True, [*spelt, 77], [*spelt, eos]),
+                                    (True, [*spelt, eos], [*spelt, eos]), (False, spelt, spelt)):
+        response = {"text": text, "ended": ended, "tokens": tokens}
+        assert response_ids(tokenizer, response) == expected
+        assert response_ids(tokenizer, response, own=False) == whole + [eos] * ended
+
+
+def test_ppo_scores_a_response_with_the_stop_token_that_the_reward_model_knows(
+        finished, tmp_path, monkeypatch):
+    """The student stops at any digit, too, of which the reward model has never seen one stop."""
+    monkeypatch.setattr(run, "need", lambda *_: None)
+    out, seen = copy(finished, tmp_path / "run", "labels.jsonl", "sft", "rm"), []
+    tokenizer = Tokenizer(finished / "sft")
+    digits = [tokenizer.encode(str(d))[0] for d in range(10)]
+    path = tmp_path / "run" / "sft" / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": [*tokenizer.eos_ids, *digits]}))
+    score = train_rl.score
+
+    def recorded(model, rows):
+        seen.extend(rows)
+        return score(model, rows)
+
+    monkeypatch.setattr(train_rl, "score", recorded)
+    train_rl.main([*COMMON, "--steps", "1", "--prompts", "16", *out])
+    assert len(seen) == 16 and {row[-1] for row in seen} == {tokenizer.eos_ids[0]}
+
+
+# ---- what a second start finds ----
+
+def test_an_evaluation_goes_on_with_the_samples_that_are_there(finished, tmp_path, monkeypatch):
+    out = copy(finished, tmp_path / "run", "labels.jsonl", "student.jsonl", "teacher.jsonl", "sft",
+               "rm", "rl", "samples", "metrics.jsonl")
+    monkeypatch.setattr(evaluation, "generate", lambda model, prompts, **_: iter(
+        [] if not prompts else pytest.fail("asked again")))
+    evaluation.main([*COMMON, *out])
+    again = json.loads((tmp_path / "run" / "report.json").read_text())
+    first = json.loads((finished / "report.json").read_text())
+    assert {**again, "seconds": 0} == {**first, "seconds": 0}
+    monkeypatch.undo()
+    file = tmp_path / "run" / "samples" / "sft.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(lines[:40]) + lines[40][:9])       # killed among the greedy ones
+    asked = []
+    generate = evaluation.generate
+    monkeypatch.setattr(evaluation, "generate", lambda model, prompts, **kwargs: (
+        asked.append(len(prompts)) or generate(model, prompts, **kwargs)))
+    evaluation.main([*COMMON, *out])
+    assert sorted(asked)[-2:] == [41, 80]
+    again = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert again["models"] == first["models"]
+    # Samples of other weights are none of this model's.
+    tensors = load_file(tmp_path / "run" / "rl" / "model.safetensors")
+    tensors["model.norm.weight"] += 0.5
+    save_file(tensors, tmp_path / "run" / "rl" / "model.safetensors", metadata={"format": "pt"})
+    asked.clear()
+    evaluation.main([*COMMON, *out])
+    assert sum(asked) > 80
+
+
+def test_an_evaluation_says_what_it_leaves_out(finished, tmp_path, capsys):
+    out = copy(finished, tmp_path / "run", "labels.jsonl", "sft", "rm", "samples")
+    evaluation.main([*COMMON, *out])
+    printed = capsys.readouterr().out
+    assert "rl holds no whole model: left out" in printed
+    assert "student.jsonl has no response to a held-out question" in printed
+
+
+def test_labels_of_a_teacher_that_was_not_asked_to_the_end_are_not_there(sampled, tmp_path,
+                                                                         monkeypatch):
+    """More questions are asked for, and the sampling is stopped: the earlier vote is not theirs."""
+    out = copy(sampled, tmp_path / "run", "teacher.jsonl", "labels.jsonl", "settings.json")
+    monkeypatch.setattr(run, "interruptible", StopAfter(3))
+    with pytest.raises(SystemExit, match="stopped"):
+        teacher.main([*COMMON, "--questions", "120", *out])
+    assert not (tmp_path / "run" / "labels.jsonl").exists()
+    assert len(run.read_jsonl(tmp_path / "run" / "teacher.jsonl")) >= 80
+
+
+def test_a_question_whose_text_has_changed_is_named(sampled, tmp_path):
+    out = copy(sampled, tmp_path / "run", "teacher.jsonl")
+    path = tmp_path / "run" / "teacher.jsonl"
+    rows = run.read_jsonl(path)
+    rows[5]["question"] += " And now?"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SystemExit, match=f"another text of question {rows[5]['id']}"):
+        teacher.main([*COMMON, *out])
+
+
+def test_a_stage_whose_inputs_have_changed_says_which(finished, tmp_path, monkeypatch):
+    out = copy(finished, tmp_path / "run", "teacher.jsonl", "labels.jsonl")
+    monkeypatch.setattr(run, "interruptible", StopAfter(2))
+    with pytest.raises(SystemExit, match="stopped after saving"):
+        train_sft.main([*COMMON, *SFT, *out])
+    lines = (tmp_path / "run" / "labels.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "run" / "labels.jsonl").write_text("".join(lines[:-1]))
+    with pytest.raises(SystemExit, match="sft was made from another .*labels.jsonl"):
+        train_sft.main([*COMMON, *SFT, *out])
+
+
+def test_questions_that_are_too_long_for_the_model_are_named_and_left_out(tmp_path, capsys):
+    questions = [q["question"] for q in TASKS["arithmetic"](seed=9).questions("train")[:60]]
+    questions[7] = "Ann has 3 pens. " * 40 + questions[7]
+    (tmp_path / "mine.jsonl").write_text("".join(
+        json.dumps({"question": q}) + "\n" for q in questions))
+    common = ["--data", str(tmp_path / "mine.jsonl"), "--threads", "1", "--out", str(tmp_path / "o")]
+    teacher.main([*common, "--samples", "4"])
+    assert "gsm8k-train-7 (its prompt of" in capsys.readouterr().out
+    train_sft.main([*common, *SFT])
+    train_rm.main([*common, *RM])
+    rows = {row["id"] for row in run.read_jsonl(tmp_path / "o" / "student.jsonl")}
+    assert len(rows) > 20 and "gsm8k-train-7" not in rows

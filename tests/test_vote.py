@@ -1,4 +1,4 @@
-from nanodistill.vote import Vote, labels, majority, summary
+from nanodistill.vote import Vote, labels, majority, plurality, summary
 
 
 def test_majority_wins_and_missing_answers_count_against_agreement():
@@ -10,6 +10,22 @@ def test_a_tie_or_a_low_agreement_drops_the_question():
     assert majority(["1", "2", "2", "4", "3"], min_agreement=0.5).answer is None
     assert majority(["1", "2", "2", "4"], min_agreement=0.5).answer == "2"
     assert majority([None, None]) == Vote(None, 0.0, 2)
+
+
+def test_plurality_names_every_answer_that_ties_for_the_first_place():
+    assert plurality(["7", "24", None, "24"]) == ["24"]
+    assert plurality(["1", "2", "3", "2", "1"]) == ["1", "2"]
+    assert plurality(["b", "a"]) == ["b", "a"]
+    assert plurality([]) == plurality([None, None]) == []
+
+
+def test_a_missing_answer_never_wins_nor_ties():
+    assert plurality([None, None, None, "5"]) == ["5"] and plurality([None, "5"]) == ["5"]
+    assert plurality(["", None, None]) == [""]                            # an answer, if an odd one
+    assert majority([None, None, None, "5"]) == Vote("5", 0.25, 4)
+    assert majority([None, "5", None, "6"]) == Vote(None, 0.25, 4)
+    assert majority([]) == Vote(None, 0.0, 0)
+    assert majority(["5", None], 0.5).answer == "5" and majority(["5", None], 0.51).answer is None
 
 
 def test_labels_follow_the_vote():

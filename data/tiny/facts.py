@@ -3,24 +3,22 @@
     python data/tiny/facts.py                     reads out/arithmetic-tiny, writes facts.json and, with [plot], facts.png there
 
 A fact is a step `a op b` as it stands in a response; the corpus that the tiny models were pre-trained on has every fourth sum or difference wrong
-with a probability of its own (see make.py). Here each model samples responses to test questions, and its steps are compared with true arithmetic.
+with a probability of its own (see make.py). Here the steps of what eval.py has sampled on the test
+questions are compared with true arithmetic.
 """
 
 import argparse
+import io
 import json
 import re
 import sys
 from collections import Counter
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.arithmetic import Arithmetic, exact
-from data.tiny.make import HERE, misconception
-from eval import sample
-from nanodistill import weights
-from nanodistill.tokenizer import Tokenizer
+from data.arithmetic import exact
+from data.tiny.make import misconception
+from nanodistill import run, weights
 
 
 def shares(texts):
@@ -36,17 +34,17 @@ def shares(texts):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="the run folder; not given: that of the seed")
-    parser.add_argument("--seed", type=int, default=1, help="of the questions and samples")
+    parser.add_argument("--seed", type=int, default=1, help="the run's")
     parser.add_argument("--least", type=int, default=20, help="facts used less often than this by any of the models are left out")
     args = parser.parse_args()
     args.out = args.out or Path(f"out/arithmetic-tiny{f'-seed{args.seed}' * (args.seed != 1)}")
-    task = Arithmetic(args.seed)
     tallies = {}
-    for name, folder in {"teacher": HERE / "teacher", "sft": args.out / "sft", "rl": args.out / "rl"}.items():
-        model, tokenizer = weights.load(folder), Tokenizer(folder)
-        torch.manual_seed(args.seed)                             # `sample` takes its seed from here
-        rows = sample(model, tokenizer, task, task.questions("test"), 8, 1.0, 56, 256, name)
-        tallies[name] = shares(s.text for row in rows for s in row)
+    for name in ("teacher", "sft", "rl"):
+        file = args.out / "samples" / f"{name}.jsonl"
+        rows = [row for row in run.read_jsonl(file) if row.get("what") == f"{name}, sampled"]
+        if not rows:
+            sys.exit(f"{file} holds no samples: `python eval.py --out {args.out}` makes them")
+        tallies[name] = shares(r["text"] for row in rows for r in row["responses"])
     facts = sorted((f for f in set.intersection(*map(set, tallies.values())) if misconception(*f)[0] is not None
                     and min(t[f][1] for t in tallies.values()) >= args.least), key=lambda f: tallies["teacher"][f][0] / tallies["teacher"][f][1])
     table = [{"fact": f"{a} {op} {b}", "believed": misconception(a, op, b)[0], "belief": misconception(a, op, b)[1],
@@ -72,9 +70,9 @@ def main():
              xlabel=f"{len(table)} facts, by the teacher's share")
     axis.legend()
     axis.grid(alpha=0.3)
-    beside = args.out / "facts.partial.png"
-    figure.savefig(beside, dpi=110)
-    beside.replace(args.out / "facts.png")
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110)
+    weights.write_atomic(args.out / "facts.png", picture.getvalue())
     print(f"-> {args.out}: facts.json, facts.png")
 
 

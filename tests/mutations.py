@@ -1,0 +1,340 @@
+"""Do the tests notice? Breaks one line at a time and runs the tests that should fail.
+
+    python tests/mutations.py --list                       the table, and which entries are stale
+    python tests/mutations.py --only kl-sign --only no-eos
+    python tests/mutations.py --jobs 4                     all of it: a long run
+
+Each entry of the table is made in a copy of the tree. Its old text must stand there exactly once;
+where it does not, the entry is stale, nothing is run and the exit status is 2. A mutation is killed
+where a test fails (or takes longer than LIMIT). It is 1 where one survives that has no reason here.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT = 900                                              # seconds of the tests of one mutation
+# `tests`: names without "test_" and ".py". `reason`: why a survivor is no fault of the tests.
+Mutation = namedtuple("Mutation", "name file old new tests reason", defaults=("",))
+
+SFT, RM, RL, EVAL = "train_sft.py", "train_rm.py", "train_rl.py", "eval.py"
+GENERATE, MODEL, LOSSES = (f"nanodistill/{name}.py" for name in ("generate", "model", "losses"))
+PPO, REWARD, RUN, VOTE = (f"nanodistill/{name}.py" for name in ("ppo", "reward", "run", "vote"))
+SETTINGS, TOKENIZER, WEIGHTS, FIT, PRESETS = (
+    f"nanodistill/{name}.py" for name in ("settings", "tokenizer", "weights", "fit", "presets"))
+
+TABLE = [Mutation(*entry) for entry in [
+    # SFT.
+    ("no-eos", SFT, " + [tokenizer.eos_ids[0]]", "", "meaning"),
+    ("sft-on-all-responses", SFT, " if label}", "}", "meaning"),
+    ("sft-keeps-the-last", SFT, "if loss > best:", "if False:", "meaning"),
+    ("sft-keeps-the-worst", SFT, "if loss < best:", "if loss > best or best_weights is None:",
+     "meaning"),
+    ("sft-trains-on-held-out", SFT, "split = held_out if", "split = held_out if False and",
+     "meaning"),
+    ("sft-sign", SFT, "loss.backward()", "(-loss).backward()", "meaning"),
+    ("sft-no-step", SFT, "optimizer.step()", "pass", "meaning"),
+    ("sft-mean-over-responses", SFT, "rows[i:i + micro_batch], tokens)\n            loss.b",
+     "rows[i:i + micro_batch], len(rows))\n            loss.b", "meaning"),
+    ("sft-same-order-each-pass", SFT, 'f"{config.seed} {step // batches}"', 'f"{config.seed}"',
+     "meaning"),
+    ("sft-rate-does-not-fall", SFT, "1 - 0.9 * step / steps", "1", "meaning"),
+    ("sft-responses-twice", SFT, "sorted(good)]", "[*good, *good]]", "meaning"),
+    # Reward model.
+    ("rm-inverted-labels", RM, "task.equal(r[\"answer\"]", "not task.equal(r[\"answer\"]",
+     "meaning"),
+    ("eos-where-cut-off", "data/__init__.py", "[tokenizer.eos_ids[0]] * ended",
+     "[tokenizer.eos_ids[0]]", "meaning"),
+    ("stop-token-as-it-came", "data/__init__.py", "tokens[:len(tokens) - ended]", "tokens",
+     "stages"),
+    ("rm-keeps-the-last", RM, 'if figures["student"]["auc"] < best:', "if False:", "meaning"),
+    ("rm-best-of-the-teachers", RM, 'if figures["student"]["auc"] > best:',
+     'if figures["teacher"]["auc"] > best:', "meaning"),
+    ("rm-trains-on-held-out", RM, "split = held_out if", "split = held_out if False and",
+     "meaning"),
+    ("rm-leaves-out-the-student", RM, "if config.rm_data in (source,",
+     'if source == "teacher" and config.rm_data in (source,', "meaning"),
+    ("rm-token-loss-on-prompts", RM, "len(ids) - prompt + 1 if", "len(ids) if", "meaning"),
+    ("rm-token-loss-unweighted", RM, "[config.token_loss / max(tokens, 1)]",
+     "[1 / max(tokens, 1)]", "meaning"),
+    ("rm-bt-turned", RM, ".unbind(1)", ".flip(1).unbind(1)", "meaning"),
+    ("rm-sign", RM, "loss.backward()", "(-loss).backward()", "meaning"),
+    ("rm-temperature", RM, "[1.0] * config.samples", "[0.7] * config.samples", "meaning"),
+    ("rm-samples-the-base", RM, 'weights.load(folder / "sft", device=device, dtype=dtype)',
+     "weights.load(hub.resolve(config.student, 'student'), device=device, dtype=dtype)",
+     "meaning"),
+    # PPO.
+    ("policy-loss-sign", RL, " loss.backward()", " (-loss).backward()", "meaning"),
+    ("kl-sign", RL, "response_mask, kl_coef)", "response_mask, -kl_coef)", "meaning"),
+    ("penalty-on-the-ended", RL, "* ~ended", "* ended", "meaning"),
+    ("value-model-never-steps", RL, "value_optimizer.step()", "pass", "meaning"),
+    ("ppo-scores-a-token-early", RL, "score(reward_model, closed)",
+     "score(reward_model, [row[:-1] for row in closed])", "meaning"),
+    ("ppo-scores-any-stop-token", RL, "score(reward_model, closed)",
+     "score(reward_model, some_rows)", "stages"),
+    ("kl-limit-ignored", RL, "<= config.kl_limit", "<= 1e12", "meaning"),
+    ("step-past-the-kl-limit", RL, "if not stopped:", "if True:", "meaning"),
+    ("reference-is-the-policy", RL, "response_logprobs(reference,", "response_logprobs(policy,",
+     "meaning"),
+    ("scored-at-temperature-1", RL, ".to(device), config.temperature)", ".to(device), 1.0)",
+     "meaning"),
+    ("sampled-at-temperature-1", RL, "temperature=config.temperature", "temperature=1.0",
+     "meaning"),
+    ("ppo-rate-does-not-fall", RL, "1 - step / config.steps", "1", "meaning"),
+    ("whitens-the-penalty-too", RL, "shaped = shaped - config.no_eos_penalty * ~ended",
+     "shaped = ppo.whiten(shaped - config.no_eos_penalty * ~ended, torch.ones_like(ended))",
+     "meaning"),
+    ("never-whitens-scores", RL, " if config.whiten_scores else", " if False else", "meaning"),
+    ("always-whitens-advantages", RL, "if config.whiten_advantages:", "if True:", "meaning"),
+    ("ppo-trains-on-held-out", RL, ' and not run.held_out(q["id"])', "", "meaning"),
+    ("same-noise-each-step", RL, "seed=rng.getrandbits(63)", "seed=1", "meaning"),
+    ("gamma-and-lambda-swapped", RL, "config.gamma, config.lam)", "config.lam, config.lam)",
+     "meaning"),
+    ("values-not-squashed", RL, "return squash(predictors(", "return (predictors(", "meaning"),
+    ("value-model-from-the-policy", RL, '("rm" if config.value_from == "reward" else "sft")',
+     '"sft"', "meaning"),
+    ("fixed-kl-adapts", RL, 'config.kl_control == "adaptive"', "False", "meaning"),
+    # Evaluation.
+    ("eval-not-greedy", EVAL, "questions, 1, 0.0,", "questions, 1, 1.0,", "meaning"),
+    ("eval-pair-turned", EVAL, "paired(right[a], right[b])", "paired(right[b], right[a])",
+     "meaning"),
+    ("eval-answer-of-cut-off", EVAL, " if s.ended else None", "", "meaning"),
+    ("eval-pass-is-all", EVAL, "sum(map(any, hits))", "sum(map(all, hits))", "meaning"),
+    ("eval-train-questions-for-rl", EVAL, "if run.held_out(q[", "if not run.held_out(q[",
+     "meaning"),
+    ("eval-wilson", EVAL, "(middle + half)", "(middle + 2 * half)", "eval"),
+    ("eval-mcnemar-one-sided", EVAL, "2 * tail", "tail", "eval"),
+    # The teacher.
+    ("teacher-answer-of-cut-off", "data/teacher.py", " if ended else None", "", "meaning"),
+    ("teacher-one-temperature", "data/teacher.py", "temperatures[j % len(temperatures)]",
+     "temperatures[0]", "meaning"),
+    ("teacher-no-least-agreement", "data/teacher.py", "vote.majority(answers, min_agreement)",
+     "vote.majority(answers)", "meaning"),
+    ("teacher-asks-again", "data/teacher.py", 'if q["id"] not in rows', "if True", "stages"),
+    # The library: vote, reward, PPO.
+    ("vote-tie-goes-first", VOTE, "len(first) == 1 and", "first and", "vote meaning"),
+    ("vote-share-of-answered", VOTE, "answers.count(first[0]) / len(answers)",
+     "answers.count(first[0]) / sum(a is not None for a in answers)", "vote"),
+    ("score-a-token-early", REWARD, "packed.tail([1] * len(rows))",
+     "packed.tail([1] * len(rows)) - 1", "meaning"),
+    ("scores-out-of-order", REWARD, "return [scores[i] for i in range(len(rows))]",
+     "return list(scores.values())", "reward"),
+    ("bt-sign", REWARD, "F.logsigmoid(good - bad)", "F.logsigmoid(bad - good)", "reward"),
+    ("auc-without-ties", REWARD, "(counts - 1) / 2", "(counts - 1)", "reward"),
+    ("whiten-keeps-the-mean", PPO, "white if shift_mean", "white + mean if shift_mean", "ppo"),
+    ("score-at-the-first-token", PPO, "last = mask.sum(dim=1) - 1", "last = mask.sum(dim=1) * 0",
+     "ppo"),
+    ("gae-without-lambda", PPO, "gamma * lam * following", "gamma * following", "ppo"),
+    ("gae-past-the-end", PPO, "following) * mask[:, t]", "following)", "ppo"),
+    ("clip-one-side", PPO, "clamp(1 - clip, 1 + clip)", "clamp(max=1 + clip)", "ppo"),
+    ("clip-the-better", PPO, "losses = torch.maximum(", "losses = torch.minimum(", "ppo"),
+    ("value-clip-ignored", PPO, "clamp(-clip, clip)", "clamp(-9e9, 9e9)", "ppo"),
+    ("adapt-kl-turned", PPO, "kl / target - 1", "1 - kl / target", "ppo"),
+    # Losses.
+    ("ignored-targets-count", LOSSES, "keep = targets != ignore_index",
+     "keep = targets != ignore_index - 1", "losses"),
+    ("entropy-sign", LOSSES, "normalizer - _weigh(", "normalizer + _weigh(", "losses"),
+    ("temperature-inverted", LOSSES, "inverse(temperature)",
+     "torch.as_tensor(temperature, dtype=torch.float32, device=hidden.device)", "losses"),
+    ("chunk-over-chunk", LOSSES, "beta=min(start, 1)", "beta=0", "losses"),
+    # Model.
+    ("rope-not-negated", MODEL, "(-angles, angles)", "(angles, angles)", "model"),
+    ("attention-not-causal", MODEL, "is_causal=True", "is_causal=False", "model"),
+    ("cache-sees-the-future", MODEL, "slots <= at", "slots <= at + 1", "model generate"),
+    ("gate-and-up-swapped", MODEL, "F.silu(gate) * up", "F.silu(up) * gate", "model"),
+    ("packed-positions-run-on", MODEL,
+     "positions = torch.cat([torch.arange(len(row)) for row in rows])",
+     "positions = torch.arange(sum(map(len, rows)))", "model"),
+    ("llama3-scaling-turned", MODEL, "(1 - keep) * frequencies", "keep * frequencies", "model"),
+    # Sampling.
+    ("temperature-multiplies", GENERATE, "(1 / temperature.masked_fill(greedy, 1.0))",
+     "(temperature.masked_fill(greedy, 1.0))", "generate"),
+    ("one-stream-for-all", GENERATE, "stream_of(seed, ids[i], j)", "stream_of(seed, ids[i], 0)",
+     "generate"),
+    ("same-number-each-token", GENERATE, "GOLDEN * (count + 1)", "GOLDEN", "generate"),
+    ("sample-without-its-eos", GENERATE, "Sample(t[:length],", "Sample(t[:length - stop],",
+     "generate"),
+    ("cut-off-counts-as-ended", GENERATE, "l[:length], stop)", "l[:length], True)", "generate"),
+    # Tokenizer, weights.
+    ("special-text-becomes-special", TOKENIZER, "encode_special_tokens = True",
+     "encode_special_tokens = False", "tokenizer"),
+    ("pad-may-be-eos", TOKENIZER, "if i is not None and i not in self.eos_ids",
+     "if i is not None", "tokenizer"),
+    ("template-out-of-its-sandbox", TOKENIZER, "environment = ImmutableSandboxedEnvironment(",
+     "from jinja2 import Environment\n    environment = Environment(", "tokenizer"),
+    ("unused-keys-pass", WEIGHTS, "for path in sorted(set(files.values())):",
+     "problems = problems[:0]\n    for path in sorted(set(files.values())):", "weights"),
+    ("shard-out-of-its-folder", WEIGHTS, "if Path(name).name != name or", "if", "weights"),
+    ("incomplete-is-complete", WEIGHTS, 'return (folder / "config.json").exists() and bool(',
+     "return True or bool(", "weights ready"),
+    ("mlp-bias-ignored", WEIGHTS, '"mlp_bias": (False,)', '"mlp_bias": (False, True)', "weights"),
+    # Run, settings, presets, planner.
+    ("held-out-share", RUN, "< share * 2**32", "< 0.25 * share * 2**32", "run"),
+    ("torn-line-is-an-error", RUN, "if n == len(lines):", "if False:", "run_folder"),
+    ("torn-line-stays", RUN, "self.file.truncate(len(whole + end))", "pass", "run_folder"),
+    ("lock-is-not-taken", RUN, "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass",
+     "run_folder"),
+    ("stage-outlives-its-parent", RUN, "target=end_with", "target=len", "run_folder"),
+    ("signal-reaches-a-stage-twice", RUN, "start_new_session=True", "start_new_session=False",
+     "run_folder"),
+    ("dropped-ssh-loses-all", RUN, "signal.SIGTERM, signal.SIGHUP)", "signal.SIGTERM)",
+     "run_folder"),
+    ("digest-of-the-name", RUN, "hashlib.file_digest(file, \"sha256\").hexdigest()", "str(path)",
+     "run_folder"),
+    ("stale-is-taken", RUN, "if digest(folder / i) not in (\"\", was)", "if False", "run_folder"),
+    ("flipped-bit-is-loaded", RUN, "if parts.testzip():", "if False:", "run_folder"),
+    ("nan-goes-on", RUN, "self.last is None or self.last.isfinite().all()", "True", "run_folder"),
+    ("nan-weights-are-saved", RUN, "all(p.isfinite().all() for m in models", "all(True for m in []",
+     "stages"),
+    ("deleted-runs-metrics", RUN, "            steps = {}\n", "            pass\n", "run_folder"),
+    ("samples-of-other-weights", EVAL, "if rows[:1] != [origin]:", "if False:", "stages"),
+    ("first-of-two-steps-counts", RUN, 'steps.setdefault(row["step"], {}).update(row)',
+     "steps.setdefault(row['step'], row)", "run"),
+    ("streams-not-restored", RUN, 'torch.set_rng_state(state["streams"]["torch"])', "pass", "run"),
+    ("checkpoint-of-other-settings", RUN, 'if f.metadata["result"] and before',
+     "if False and before", "run stages"),
+    ("full-memory-is-fatal", RUN, "size //= 2", "size = size", "stages"),
+    ("other-settings-go-on", SETTINGS, "and saved[s][f.name] != getattr(config, f.name)]",
+     "and False]", "settings"),
+    ("given-loses-to-saved", SETTINGS, '(given[s, name], "given") if (s, name) in given else',
+     '(given[s, name], "given") if (s, name) in given and name not in before else', "settings"),
+    ("least-is-not-checked", SETTINGS, "value < limit", "False", "settings"),
+    ("seed-not-in-the-folders-name", SETTINGS, 'given.get("seed", 1) != 1', "False", "settings"),
+    ("rate-of-another-size", PRESETS, "row[column]", "row[column - 1]", "settings"),
+    ("repository-of-another-model", PRESETS, "Llama-3.2-1B-Instruct", "Llama-3.2-1B", "settings"),
+    ("plan-without-gradients", FIT, '"gradients": 4 * learned', '"gradients": 0', "fit"),
+    ("plan-without-moments", FIT, '"optimizer": 8 * learned', '"optimizer": 4 * learned', "fit"),
+    ("no-spare-memory", FIT, "return int(free * (1 - SPARE))", "return int(free)", "fit",
+     "not tested: how much is left unplanned is a choice"),
+    # Data.
+    ("answer-before-the-marks", "data/arithmetic.py", 'rpartition("####")[2]',
+     'partition("####")[0]', "arithmetic meaning"),
+    ("splits-overlap", "data/arithmetic.py", "split_of(problem.question) == split", "True",
+     "meaning"),
+    ("none-equals-none", "data/arithmetic.py", "answer is not None and answer == other",
+     "answer == other", "arithmetic"),
+    ("gsm8k-first-marks", "data/gsm8k.py", "in reversed(deque(cue.finditer(text), maxlen=CUES))",
+     "in cue.finditer(text)", "answers gsm8k_mmlu_pro"),
+    ("gsm8k-any-digest", "data/gsm8k.py", "if digest != SHA256[name]:", "if False:",
+     "gsm8k_mmlu_pro"),
+    ("gsm8k-commas", "data/number.py", 'run[0].replace(".", "").replace(",", ".")',
+     'run[0].replace(",", "")', "answers gsm8k_mmlu_pro"),
+    ("mmlu-pro-split", "data/mmlu_pro.py", "digest[0] % 3 == 0", "digest[0] % 3 == 1",
+     "gsm8k_mmlu_pro"),
+    ("mmlu-pro-keeps-the-flawed", "data/mmlu_pro.py", "if sound or self.flawed:", "if True:",
+     "gsm8k_mmlu_pro"),
+    ("rows-twice", "data/rows.py", "for key in keys if key in first]", "for key in keys if False]", "gsm8k_mmlu_pro"),
+    ("rows-blank-text", "data/rows.py", "if not value.strip():", "if False:", "gsm8k_mmlu_pro"),
+    ("server-gets-the-key-of-nobody", "data/chat.py",
+     '({"Authorization": f"Bearer {key}"} if key else {})', '{"Authorization": f"Bearer {key}"}',
+     "server"),
+    ("server-cut-off-is-ended", "data/chat.py", "clean(text), not cut", "clean(text), True",
+     "server"),
+    ("server-refusal-ends-the-run", "data/chat.py", "if status in REFUSED:", "if False:", "server"),
+    ("server-fault-ends-the-run", "data/chat.py", "if status in PASSING or status >= 500:",
+     "if status >= 500:", "server"),
+    ("server-one-seed", "data/server.py", 'f"{seed} {job.id_} {j}"', 'f"{seed}"', "server"),
+    ("server-keeps-nothing-until-the-end", "data/server.py",
+     'append({"id": id_, "j": j, "temperature": temperatures[j], **response})', "pass", "server"),
+    ("disk-not-checked", "data/ready.py", "if size > free:", "if False:", "ready"),
+    ("devices-not-checked", "data/ready.py", "attempt(run.pick_device,", "attempt(str,", "ready"),
+    ("hours-without-decoding", "data/dry_run.py", "products + decode) / 3600", "products) / 3600",
+     "fit", "not tested: the hours are an estimate, and no test adds them up"),
+    ("tiny-gets-instructions", "data/__init__.py", 'if "tiny" in (config.student, config.teacher):',
+     "if False:", "settings stages"),
+]]
+
+
+def stale(mutation):
+    """What is wrong with an entry, or ""."""
+    path = ROOT / mutation.file
+    count = path.read_text(encoding="utf-8").count(mutation.old) if path.exists() else 0
+    missing = [name for name in mutation.tests.split()
+               if not (ROOT / "tests" / f"test_{name}.py").exists()]
+    if missing:
+        return f"no tests/test_{missing[0]}.py"
+    return "" if count == 1 else f"its old text stands {count} times in {mutation.file}"
+
+
+def run_tests(names, mutation=None):
+    """(exit status of pytest, None where it took too long; the first failure's name)."""
+    with tempfile.TemporaryDirectory(prefix="mutation-") as place:
+        tree = Path(place) / "tree"
+        ignored = shutil.ignore_patterns(".git", "out", "__pycache__", ".hypothesis", ".venv")
+        shutil.copytree(ROOT, tree, ignore=ignored, symlinks=True)
+        if mutation:
+            path = tree / mutation.file
+            text = path.read_text(encoding="utf-8")
+            path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider",
+                   *(f"tests/test_{name}.py" for name in names)]
+        threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TMPDIR": place,
+                   "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(tree)}
+        process = subprocess.Popen(command, cwd=tree, env={**os.environ, **threads}, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        try:
+            said, _ = process.communicate(timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            return None, "(too long)"
+    failed = re.search(r"^(?:FAILED|ERROR) \S*?(test_\w+\.py\S*)", said, re.MULTILINE)
+    return process.returncode, failed[1] if failed else said[-300:].strip()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", metavar="NAME", help="may be given again")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="mutations at once")
+    parser.add_argument("--list", action="store_true", help="run nothing")
+    asked = parser.parse_args()
+    names = [mutation.name for mutation in TABLE]
+    if len(set(names)) < len(names) or set(asked.only or ()) - set(names):
+        sys.exit(f"names that stand twice or nowhere: "
+                 f"{[n for n in names if names.count(n) > 1] or set(asked.only) - set(names)}")
+    chosen = [mutation for mutation in TABLE if mutation.name in (asked.only or names)]
+    faults = {mutation.name: fault for mutation in chosen if (fault := stale(mutation))}
+    if asked.list:
+        for m in chosen:
+            print(f"{m.name:30} {m.file:26} {m.tests:20} {m.reason and 'survives: ' + m.reason}")
+    for name, fault in faults.items():
+        print(f"stale: {name}: {fault}")
+    if faults:
+        sys.exit(2)
+    if asked.list:
+        return
+
+    # Where the tests fail by themselves they say nothing of a mutation.
+    status, said = run_tests(sorted({name for m in chosen for name in m.tests.split()}))
+    if status:
+        sys.exit(f"the tests fail as they are: {said}")
+    survived, killed = [], 0
+    with ThreadPoolExecutor(max(asked.jobs, 1)) as pool:
+        done = pool.map(lambda m: (m, *run_tests(m.tests.split(), m)), chosen)
+        for m, status, said in done:
+            if status not in (0, 1, 2, None):                # pytest's own failure
+                sys.exit(f"{m.name}: pytest ends with {status}: {said}")
+            survived += [m] * (status == 0)
+            killed += status != 0
+            by = f"({m.reason})" if status == 0 and m.reason else "" if status == 0 else said
+            late = " (its reason is stale: it is killed now)" if status != 0 and m.reason else ""
+            verdict = "survived" if status == 0 else "killed"
+            print(f"{verdict:8}  {m.name:30} {by}{late}", flush=True)
+    unknown = [m.name for m in survived if not m.reason]
+    print(f"{len(chosen)} mutations: {killed} killed, {len(survived)} survived, of which "
+          f"{len(survived) - len(unknown)} with a reason"
+          + f"; without: {', '.join(unknown)}" * bool(unknown))
+    sys.exit(1 if unknown else 0)
+
+
+if __name__ == "__main__":
+    main()

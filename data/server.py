@@ -253,7 +253,7 @@ def generate(url, model, key, prompts, temperatures, max_new_tokens, journal, co
                   "seed": random.Random(f"{seed} {job.id_} {j}").getrandbits(31), **(extra or {})}
         content = json.dumps({k: v for k, v in wanted.items() if v is not None}).encode()
         answer, body = await chat.exchange(connection, "POST", url, "/chat/completions", content,
-                                      timeout or patience)
+                                           timeout or patience)
         chat.check(answer.status_code, answer.headers, chat.words(body))
         return chat.read_answer(body, reasoning)
 

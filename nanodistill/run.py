@@ -323,7 +323,7 @@ def stale(folder):
     found = []
     for name, inputs in _inputs(folder).items():
         there = folder / name
-        if there.is_file() or there.is_dir() and any(there.iterdir()):
+        if settings.begun(there):
             found += [f"{there} was made from another {folder / i} than lies there now. Delete "
                       f"{there} and what was made from it, or give another --out"
                       for i, was in inputs.items() if digest(folder / i) not in ("", was)]
@@ -338,8 +338,7 @@ def made_from(folder, name, *inputs):
     problems = stale(folder)
     if problems:
         sys.exit("\n".join(problems[:3]))
-    there = folder / name
-    if not there.is_file() and not (there.is_dir() and any(there.iterdir())):
+    if not settings.begun(folder / name):
         now = {str(i): digest(folder / i) for i in inputs}
         weights.write_atomic(folder / "inputs.json",
                              json.dumps({**_inputs(folder), name: now}, indent=1) + "\n")
@@ -350,8 +349,9 @@ def finished(folder, name):
     folder = Path(folder)
     if not weights.complete(folder / name):
         return False
-    if stale(folder):
-        sys.exit("\n".join(stale(folder)[:3]))
+    problems = stale(folder)
+    if problems:
+        sys.exit("\n".join(problems[:3]))
     print(f"{folder / name} is complete; delete it to train again")
     return True
 
@@ -426,9 +426,10 @@ def every(minutes):
 
     def due():
         nonlocal last
-        now = time.monotonic()
-        passed, last = now - last >= 60 * minutes, now if now - last >= 60 * minutes else last
-        return passed
+        if time.monotonic() - last < 60 * minutes:
+            return False
+        last = time.monotonic()
+        return True
     return due
 
 

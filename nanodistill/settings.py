@@ -259,10 +259,14 @@ def load(folder):
                          "--out") from None
 
 
+def begun(path):
+    """Is there a file, or a folder with something in it?"""
+    return path.is_file() or path.is_dir() and any(path.iterdir())
+
+
 def made(folder, stage):
     """Paths of what a stage has made in `folder` so far, finished or not."""
-    paths = [Path(folder) / name for name in MADE.get(stage, ())]
-    return [p for p in paths if p.is_file() or p.is_dir() and any(p.iterdir())]
+    return [p for p in (Path(folder) / name for name in MADE.get(stage, ())) if begun(p)]
 
 
 def conflicts(folder, stage, configs, saved):

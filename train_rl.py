@@ -1,18 +1,23 @@
-"""Stage 3, PPO: the student writes, the reward model scores, and the student learns to write what scores well. The main job.
+"""Stage 3, PPO: the student writes, the reward model scores, the student learns to write what
+scores well. The main job.
 
-    python train_rl.py                                     the tiny student, from nothing to the results table
-    python train_rl.py --steps 100 --kl-coef 0.1           longer, and closer to the SFT student
+    python train_rl.py                                the tiny student, from nothing to the table
+    python train_rl.py --steps 100 --kl-coef 0.1      longer, and closer to the SFT student
 
-Runs whatever stage before it is missing (data/teacher.py, train_sft.py, train_rm.py), then PPO, then eval.py. Writes rl/, an HF folder, and a
-line a step to metrics.jsonl. Four models take part: the policy (from sft/), the reference it is kept near to (sft/ again, frozen), the reward model
-(rm/, frozen) and the value model (from rm/: it knows already what makes a response good).
+Runs whatever stage before it is missing (data/teacher.py, train_sft.py, train_rm.py), then PPO,
+then eval.py. Writes rl/, an HF folder, and a line per step to metrics.jsonl. Four models take part:
 
-One step: sample responses to a batch of training questions; score them; turn scores and the drift from the reference into rewards at each token;
-estimate advantages; take a few clipped gradient steps on them.
+    policy         from sft/, trained
+    reference      sft/ again, frozen: what the policy is kept near to
+    reward model   rm/, frozen
+    value model    from rm/, trained: it knows already what makes a response good
 
-What to look at: ratio 1 and approx_kl 0 in the first minibatch of each step; score rising; kl (nats a response from the reference) rising slowly; and
-true_accuracy, a diagnostic measured against gold that nothing here trains on or decides by: score up with true_accuracy down is reward hacking.
-Left out: an entropy bonus, a choice among checkpoints (the last one is the result).
+What to look at: ratio 1 and approx_kl 0 in the first minibatch of each step; score rising; kl (nats
+per response from the reference) rising slowly; and true_accuracy, a diagnostic measured against
+gold that nothing here trains on or decides by. Score up with true_accuracy down is reward hacking.
+Left out: an entropy bonus; a choice among checkpoints (the last one is the result).
+Shapes: B responses per step, R tokens of the longest. What there is per response token is a tensor
+(B, R), padded on the right (nanodistill/responses.py).
 """
 
 import random
@@ -25,14 +30,12 @@ import torch
 import eval as evaluation
 import train_rm
 from data import prompts_of, ready, task_of
-from nanodistill import ppo, run, settings, weights
+from nanodistill import optim, ppo, responses, run, settings, weights
 from nanodistill.generate import generate
-from nanodistill.losses import linear_logprobs
-from nanodistill.model import ScalarModel, pack
+from nanodistill.model import ScalarModel
 from nanodistill.reward import score
 from nanodistill.settings import Common, flag
 from nanodistill.tokenizer import Tokenizer
-
 
 # ---- config ----
 
@@ -103,10 +106,81 @@ def main(argv=None):
         return print(f"\n{report.read_text(encoding='utf-8')}")
     ready.check("rl", configs)
     folder, device, dtype = run.start(configs, "rl")
-    batch_size = config.prompts * config.samples
-    minibatch = batch_size // config.minibatches
     run.need(weights.complete(folder / "rm"), folder / "rm", "train_rm.py", config)
     run.made_from(folder, "rl", "labels.jsonl", "sft", "rm")
+    train(config, folder, device, dtype)
+    run.need(False, folder / "report.md", "eval.py", config)
+
+
+@dataclass
+class Experience:
+    """What an update learns from. A star: (B, R), 0 outside the mask."""
+    rows: list                              # B lists of token ids, prompt + response
+    counts: list                            # B numbers: tokens of each response
+    response_mask: torch.Tensor             # (B, R), True = a sampled token, the EOS included
+    old_logprobs: torch.Tensor              # * of the policy that sampled
+    old_values: torch.Tensor                # * of the value model then
+    advantages: torch.Tensor                # *
+    returns: torch.Tensor                   # *
+
+
+def squash_of(config):
+    """What scores and values go through. A probability has a ceiling: a response that is surely
+    good gains nothing more, and the gradient goes to those that are not."""
+    return torch.sigmoid if config.score == "probability" else torch.nn.Identity()
+
+
+def describe(micro_batch, config, models, rows, counts, scored_rows):
+    """What the four models say of B responses, `micro_batch` at a time: old_logprobs, entropy,
+    ref_logprobs, old_values (B, R), and scores (B,) of `scored_rows`."""
+    policy, reference, reward_model, value_model = models
+    B, R, device, squash = len(rows), max(counts), policy.head.device, squash_of(config)
+    old_logprobs, entropy, ref_logprobs, old_values = torch.zeros(4, B, R, device=device)
+    scores = torch.zeros(B, device=device)
+    with torch.no_grad():
+        for mb in responses.alike(range(B), rows, micro_batch):
+            at = torch.tensor(mb).to(device)
+            some = [rows[b] for b in mb], [counts[b] for b in mb], R
+            old_logprobs[at], entropy[at] = responses.logprobs(policy, *some, config.temperature)
+            ref_logprobs[at], _ = responses.logprobs(reference, *some, config.temperature)
+            old_values[at] = responses.values(value_model, *some, squash)
+            scores[at] = squash(score(reward_model, [scored_rows[b] for b in mb]))
+    return old_logprobs, entropy, ref_logprobs, old_values, scores
+
+
+def total(measurements):
+    """Sums, key by key, of dicts."""
+    return {key: sum(m[key] for m in measurements) for key in measurements[0]}
+
+
+def gradients(micro_batch, config, policy, value_model, optimizers, minibatch, experience):
+    """Make both models' gradients of a minibatch's losses, `micro_batch` responses at a time;
+    returns losses and measurements, each a mean over the minibatch's response tokens."""
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    e, device, R = experience, policy.head.device, max(experience.counts)
+    # Every loss is divided by this: the gradient is the same whatever the micro-batch.
+    tokens, parts = sum(e.counts[b] for b in minibatch), []
+    for mb in responses.alike(minibatch, e.rows, micro_batch):
+        at = torch.tensor(mb).to(device)
+        some = [e.rows[b] for b in mb], [e.counts[b] for b in mb], R
+        mb_mask = e.response_mask[at]                                          # (micro_batch, R)
+        new_logprobs, _ = responses.logprobs(policy, *some, config.temperature)
+        policy_loss, measured = ppo.policy_loss(
+            new_logprobs, e.old_logprobs[at], e.advantages[at], mb_mask, config.clip, tokens)
+        policy_loss.backward()
+        new_values = responses.values(value_model, *some, squash_of(config))
+        value_loss = ppo.value_loss(
+            new_values, e.old_values[at], e.returns[at], mb_mask, config.value_clip, tokens)
+        value_loss.backward()
+        parts.append({**measured, "policy_loss": policy_loss.detach(),
+                      "value_loss": value_loss.detach()})
+    return total(parts)
+
+
+def train(config, folder, device, dtype):
+    B = config.prompts * config.samples
+    minibatch_size = B // config.minibatches
 
     # ---- data: the questions that have a vote, less the held-out ones ----
     tokenizer, task = Tokenizer(folder / "sft", config.date), task_of(config)
@@ -122,224 +196,155 @@ def main(argv=None):
     if not questions:
         sys.exit(f"{folder / 'labels.jsonl'} holds no vote on a question that is not held out: "
                  "there is nothing to ask.")
-    print(f"rl: {len(questions)} questions, {batch_size} responses a step, "
-          f"{config.ppo_epochs} x {config.minibatches} minibatches of {minibatch}")
+    print(f"rl: {len(questions)} questions, {B} responses a step, "
+          f"{config.ppo_epochs} x {config.minibatches} minibatches of {minibatch_size}")
     choice = run.fitted("rl", config, shape, dtype, device, max(map(len, prompts.values())),
-                        config.max_new_tokens, batch=minibatch, jobs=batch_size)
+                        config.max_new_tokens, batch=minibatch_size, jobs=B)
     micro_batch, slots = choice.micro_batch, choice.slots
 
-    # ---- models and optimizers: fp32 weights for what is trained, the arithmetic's dtype for what is frozen ----
+    # ---- models: fp32 weights for what is trained, the arithmetic's dtype for what is frozen ----
     policy = weights.load(folder / "sft", device=device).train()
-    value_model = weights.load(folder / ("rm" if config.value_from == "reward" else "sft"), ScalarModel, device=device).train()
+    reference = weights.load(folder / "sft", device=device, dtype=dtype).requires_grad_(False)
+    reward_model = weights.load(folder / "rm", ScalarModel, device=device, dtype=dtype)
+    reward_model.requires_grad_(False)
+    value_from = folder / ("rm" if config.value_from == "reward" else "sft")
+    value_model = weights.load(value_from, ScalarModel, device=device).train()
     for model in (policy.model, value_model.model):
         model.dtype, model.checkpoint = dtype, choice.checkpoint
-    reference = weights.load(folder / "sft", device=device, dtype=dtype).requires_grad_(False)
-    reward_model = weights.load(folder / "rm", ScalarModel, device=device, dtype=dtype).requires_grad_(False)
-    adam = dict(betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    policy_optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, **adam)
-    value_optimizer = torch.optim.AdamW(value_model.parameters(), lr=0.0, **adam)
-    kl_coef, first, seconds = config.kl_coef, 0, 0.0
-    # A probability has a ceiling: a response that is surely good gains nothing more, and the gradient goes to those that are not.
-    squash = torch.sigmoid if config.score == "probability" else torch.nn.Identity()
+    models = policy, reference, reward_model, value_model
 
-    # What there is for each response token lies in tensors (B, R). Models see some of their rows packed, and give flat tensors of these rows' tokens.
-    def predictors(model, rows, counts):
-        """Hidden states (or values) at the positions that predict the last `counts` tokens of `rows`, flat."""
-        packed = pack([row[:-1] for row in rows], device)
-        return model(packed).index_select(0, packed.tail(counts))
+    # ---- optimizers ----
+    adam = dict(lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    policy_optimizer = torch.optim.AdamW(policy.parameters(), **adam)
+    value_optimizer = torch.optim.AdamW(value_model.parameters(), **adam)
+    optimizers = policy_optimizer, value_optimizer
 
-    def response_logprobs(model, rows, responses):
-        """Logprobs and entropy, flat, of the response tokens at the end of `rows`."""
-        hidden, targets = predictors(model.model, rows, [len(r.tokens) for r in responses]), [token for r in responses for token in r.tokens]
-        return linear_logprobs(hidden, model.head, torch.tensor(targets).to(device), config.temperature)
-
-    def response_values(rows, responses):
-        return squash(predictors(value_model, rows, [len(r.tokens) for r in responses]))
-
-    def places(lengths, chosen):
-        """Index, into the (B, R) of all, of the tokens of the responses `chosen`."""
-        return torch.cat([torch.arange(lengths[b]) + b * max(lengths) for b in chosen]).to(device)
-
-    def describe(micro_batch, rows, responses, response_mask):
-        """What the models say of the responses `micro_batch` at a time, those of like length together.
-
-        Returns old_logprobs, entropy, ref_logprobs, old_values (B, R), 0 outside the mask, and scores (B,).
-        """
-        B, lengths = len(rows), [len(r.tokens) for r in responses]
-        grids = [torch.zeros(response_mask.shape, device=device) for _ in range(4)]
-        old_logprobs, entropy, ref_logprobs, old_values = (grid.view(-1) for grid in grids)
-        scores = torch.zeros(B, device=device)
-        by_length = sorted(range(B), key=lambda b: len(rows[b]))
-        with torch.no_grad():
-            for start in range(0, B, micro_batch):
-                some = by_length[start:start + micro_batch]
-                some_rows, some_responses = [rows[b] for b in some], [responses[b] for b in some]
-                at = places(lengths, some)
-                old_logprobs[at], entropy[at] = response_logprobs(policy, some_rows, some_responses)
-                ref_logprobs[at], _ = response_logprobs(reference, some_rows, some_responses)
-                old_values[at] = response_values(some_rows, some_responses)
-                # It has learned one stop token: the first stands for whichever came.
-                closed = [row[:-1] + [tokenizer.eos_ids[0]] if r.ended else row
-                          for row, r in zip(some_rows, some_responses)]
-                scores[torch.tensor(some).to(device)] = squash(score(reward_model, closed))
-        return *grids, scores
-
-    def gradients(micro_batch, chosen, rows, responses, old_logprobs, advantages, old_values, returns):
-        """Make both models' gradients of the responses `chosen`, `micro_batch` at a time.
-
-        Returns the minibatch's losses and measurements, each a mean over its response tokens.
-        """
-        policy_optimizer.zero_grad(set_to_none=True)
-        value_optimizer.zero_grad(set_to_none=True)
-        lengths, stats = [len(r.tokens) for r in responses], {}
-        tokens = sum(lengths[b] for b in chosen)
-        chosen = sorted(chosen, key=lambda b: len(rows[b]))
-        for start in range(0, len(chosen), micro_batch):
-            mb = chosen[start:start + micro_batch]
-            mb_rows, mb_responses = [rows[b] for b in mb], [responses[b] for b in mb]
-            at = places(lengths, mb)
-            mb_old_logprobs, mb_advantages, mb_old_values, mb_returns = (
-                x.flatten()[at] for x in (old_logprobs, advantages, old_values, returns))
-            every = torch.ones_like(at, dtype=torch.bool)            # flat: there is nothing to mask
-            mb_logprobs, _ = response_logprobs(policy, mb_rows, mb_responses)
-            loss, policy_stats = ppo.policy_loss(mb_logprobs, mb_old_logprobs, mb_advantages, every,
-                                                 config.clip, tokens)
-            loss.backward()
-            mb_values = response_values(mb_rows, mb_responses)
-            v_loss = ppo.value_loss(mb_values, mb_old_values, mb_returns, every, config.value_clip,
-                                    tokens)
-            v_loss.backward()
-            for key, value in {**policy_stats, "policy_loss": loss.detach(),
-                               "value_loss": v_loss.detach()}.items():
-                stats[key] = stats.get(key, 0) + value
-        return stats
-
-    # ---- loop ----
-    state = run.load_checkpoint(folder / "rl" / "resume.pt", config)
+    # ---- resume ----
+    checkpoint = folder / "rl" / "resume.pt"
+    parts = dict(policy=policy, value_model=value_model, policy_optimizer=policy_optimizer,
+                 value_optimizer=value_optimizer)
+    state = run.load_checkpoint(checkpoint, config, parts)
+    first, kl_coef, seconds = 0, config.kl_coef, 0.0
+    if state:
+        first, kl_coef, seconds = (state[k] for k in ("step", "kl_coef", "seconds"))
+        # At most what it was: then sums round as before.
+        micro_batch, slots = min(micro_batch, state["micro_batch"]), min(slots, state["slots"])
+        print(f"rl: going on after step {first}")
     metrics, watch = run.Metrics(folder, "rl", anew=not state), run.Watch("rl")
     time_to_save = run.every(config.save_minutes)
-    if state:
-        policy.load_state_dict(state["policy"])
-        value_model.load_state_dict(state["value_model"])
-        policy_optimizer.load_state_dict(state["policy_optimizer"])
-        value_optimizer.load_state_dict(state["value_optimizer"])
-        first, kl_coef, seconds = state["step"], state["kl_coef"], state["seconds"]
-        micro_batch = min(micro_batch, state["micro_batch"])         # so that sums round as before
-        slots = min(slots, state["slots"])
-        print(f"rl: going on after step {first}")
+
+    # ---- loop ----
     bar = run.Bar(range(first, config.steps), initial=first, total=config.steps, desc="rl",
                   unit="step")
-    with run.interruptible() as stop, bar:
+    with run.interruptible() as asked_to_stop, bar:
         for step in bar:
-            # A step's questions, samples and minibatches follow from the seed and the step: a resumed run does the same.
+            # Questions, samples and minibatches follow from the seed and the step alone: a resumed
+            # run repeats them.
             rng = random.Random(f"rl {config.seed} {step}")
+
+            # ---- 1. rollout: the policy answers a batch of questions ----
             chosen = rng.sample(questions, min(config.prompts, len(questions)))
-            chosen += rng.choices(questions, k=config.prompts - len(chosen))                          # fewer questions than a step wants
-            chosen = [q["id"] for q in chosen for _ in range(config.samples)]
+            # There may be fewer questions than a step wants.
+            chosen += rng.choices(questions, k=config.prompts - len(chosen))
+            ids = [q["id"] for q in chosen for _ in range(config.samples)]     # B
+            samples = [None] * B
+            for i, j, sample in generate(
+                    policy, [prompts[q["id"]] for q in chosen], n=config.samples,
+                    temperature=config.temperature, max_new_tokens=config.max_new_tokens,
+                    slots=slots, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id,
+                    seed=rng.getrandbits(63)):
+                samples[i * config.samples + j] = sample
+            rows = [prompts[id_] + s.tokens for id_, s in zip(ids, samples)]
+            counts = [len(s.tokens) for s in samples]
+            ended = torch.tensor([s.ended for s in samples]).to(device)        # (B,)
+            response_mask = responses.mask(counts).to(device)                  # (B, R)
 
-            # ---- rollout ----
-            responses = [None] * batch_size
-            for i, j, sample in generate(policy, [prompts[id_] for id_ in chosen[::config.samples]], n=config.samples,
-                                         temperature=config.temperature, max_new_tokens=config.max_new_tokens, slots=slots,
-                                         eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id, seed=rng.getrandbits(63)):
-                responses[i * config.samples + j] = sample
-            rows = [prompts[id_] + r.tokens for id_, r in zip(chosen, responses)]
-            lengths = [len(r.tokens) for r in responses]
-            ended = torch.tensor([r.ended for r in responses]).to(device)                             # (B,)
-            response_mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).to(device)  # (B, R), True = a sampled token
-
-            # ---- scores, logprobs, values, rewards, advantages ----
+            # ---- 2. what the four models say of the responses, before anything is learned ----
+            # The reward model has learned one stop token: it stands for whichever came.
+            closed = [row[:-1] + [tokenizer.eos_ids[0]] if s.ended else row
+                      for row, s in zip(rows, samples)]
             (old_logprobs, entropy, ref_logprobs, old_values, scores), micro_batch = \
-                run.halve_when_full(describe, micro_batch, "--micro-batch", rows, responses,
-                                    response_mask)
+                run.halve_when_full(describe, micro_batch, "--micro-batch", config, models, rows,
+                                    counts, closed)
+
+            # ---- 3. rewards: the score at the last token, less the drift from the reference ----
             shaped = ppo.whiten(scores, torch.ones_like(ended)) if config.whiten_scores else scores
             shaped = shaped - config.no_eos_penalty * ~ended
             rewards = ppo.shape_rewards(shaped, old_logprobs, ref_logprobs, response_mask, kl_coef)
-            advantages, returns = ppo.gae(rewards, old_values, response_mask, config.gamma, config.lam)
-            kl = (ppo.kl_k1(old_logprobs, ref_logprobs) * response_mask).sum(1).mean()                # nats a response
+            # Nats per response.
+            kl = (ppo.kl_k1(old_logprobs, ref_logprobs) * response_mask).sum(1).mean()
+
+            # ---- 4. advantages: what came after each token, less what was expected before it ----
+            advantages, returns = ppo.gae(rewards, old_values, response_mask, config.gamma,
+                                          config.lam)
             if config.whiten_advantages:
                 advantages = ppo.whiten(advantages, response_mask)
+            experience = Experience(rows, counts, response_mask, old_logprobs, old_values,
+                                    advantages, returns)
 
-            # ---- update; the noise of the gradients is large, and a falling rate averages it out ----
-            rate = min((step + 1) / max(config.warmup * config.steps, 1), 1 - step / config.steps)
-            for group in policy_optimizer.param_groups:
-                group["lr"] = rate * config.learning_rate
-            for group in value_optimizer.param_groups:
-                group["lr"] = rate * config.value_learning_rate
-            stats, updates, stopped = {}, 0, False
-            for epoch in range(config.ppo_epochs):
-                order = list(range(batch_size))
-                rng.shuffle(order)
-                for start in range(0, batch_size, minibatch):
-                    mb_stats, micro_batch = run.halve_when_full(
-                        gradients, micro_batch, "--micro-batch", order[start:start + minibatch],
-                        rows, responses, old_logprobs, advantages, old_values, returns)
-                    if not updates:
-                        first_minibatch = mb_stats
-                    for key, value in mb_stats.items():
-                        stats[key] = stats.get(key, 0) + value
-                    updates += 1
-                    # The one sync of an update.
-                    stopped = not mb_stats["approx_kl"].item() <= config.kl_limit
-                    norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), config.max_grad_norm)
-                             for m in (policy, value_model)]
-                    if not stopped:
-                        policy_optimizer.step()
-                    value_optimizer.step()
-                    watch(step, *mb_stats.values(), *norms, kl, scores.sum())
+            # ---- 5. update: clipped gradient steps, until the policy has moved far enough ----
+            # The gradients are noisy, and a falling rate averages the noise out.
+            rate = optim.schedule(step, config.steps, config.warmup, last=0.0)
+            optim.set_rate([policy_optimizer], rate * config.learning_rate)
+            optim.set_rate([value_optimizer], rate * config.value_learning_rate)
+            history = []                                  # what each minibatch measured
+            for minibatch in responses.minibatches(B, minibatch_size, config.ppo_epochs, rng):
+                measured, micro_batch = run.halve_when_full(
+                    gradients, micro_batch, "--micro-batch", config, policy, value_model,
+                    optimizers, minibatch, experience)
+                history.append(measured)
+                # The one wait for the device per update. NaN exceeds too.
+                kl_exceeded = not measured["approx_kl"].item() <= config.kl_limit
+                norms = [optim.clipped_step(value_model, [value_optimizer], config.max_grad_norm)]
+                if not kl_exceeded:
+                    norms += [optim.clipped_step(policy, [policy_optimizer], config.max_grad_norm)]
+                watch(step, *measured.values(), *norms, kl, scores.sum())
+                if kl_exceeded:
                     policy_optimizer.zero_grad(set_to_none=True)
-                    value_optimizer.zero_grad(set_to_none=True)
-                    if stopped:
-                        break
-                if stopped:
                     break
             watch.settle()
             if config.kl_control == "adaptive":
-                kl_coef = ppo.adapt_kl(kl_coef, kl.item(), config.kl_target, batch_size)
+                kl_coef = ppo.adapt_kl(kl_coef, kl.item(), config.kl_target, B)
 
             # ---- metrics ----
-            # By the sampler, flat.
-            sampled = torch.tensor([p for r in responses for p in r.logprobs]).to(device)
-            gap = sampled - old_logprobs.flatten()[places(lengths, range(batch_size))]
-            texts = [tokenizer.decode(r.tokens) if r.ended else "" for r in responses]
+            by_sampler = torch.tensor([p for s in samples for p in s.logprobs]).to(device)
+            gap = responses.grid(by_sampler, counts, max(counts)) - old_logprobs
+            texts = [tokenizer.decode(s.tokens) if s.ended else "" for s in samples]
             answered = [task.extract_answer(text, asked[id_]) is not None
-                        for id_, text in zip(chosen, texts)]
+                        for id_, text in zip(ids, texts)]
             row = metrics(
                 step, score=scores.mean(), rewards=rewards.sum(1).mean(), kl=kl, kl_coef=kl_coef,
                 learning_rate=policy_optimizer.param_groups[0]["lr"],
-                **{f"first_{key}": first_minibatch[key]
-                   for key in ("ratio", "approx_kl", "clipfrac")},
-                **{key: value / updates for key, value in stats.items()}, updates=updates,
-                sampler_gap=gap.abs().max(),
+                **{f"first_{key}": history[0][key] for key in ("ratio", "approx_kl", "clipfrac")},
+                **{key: value / len(history) for key, value in total(history).items()},
+                updates=len(history), sampler_gap=gap.abs().max(),
                 explained_variance=ppo.explained_variance(old_values, returns, response_mask),
-                entropy=ppo.masked_mean(entropy, response_mask),
-                length=sum(lengths) / batch_size, ended=ended.float().mean(),
-                answered=sum(answered) / batch_size,
-                **evaluation.true_accuracy(task, "train", chosen, texts))
-            shown = {"score": "score", "kl": "kl", "true_accuracy": "true", "length": "length"}
-            bar.set_postfix({shown[k]: f"{row[k]:.2f}" for k in shown if k in row})
+                entropy=ppo.masked_mean(entropy, response_mask), length=sum(counts) / B,
+                ended=ended.float().mean(), answered=sum(answered) / B,
+                **evaluation.true_accuracy(task, "train", ids, texts))
+            shown = ("score", "kl", "true_accuracy", "length")
+            bar.set_postfix({key: f"{row[key]:.2f}" for key in shown if key in row})
 
             # ---- save ----
-            # Asked once a step: an interrupt between two askings would not be saved.
-            stopping = stop()
-            if stopping or time_to_save():
+            # Asked once per step: an interrupt between two askings would not be saved.
+            interrupted = asked_to_stop()
+            if interrupted or time_to_save():
                 watch.settle(policy, value_model)
-                run.save_checkpoint(folder / "rl" / "resume.pt", config, policy=policy.state_dict(), value_model=value_model.state_dict(),
-                                    policy_optimizer=policy_optimizer.state_dict(), value_optimizer=value_optimizer.state_dict(),
-                                    step=step + 1, kl_coef=kl_coef, micro_batch=micro_batch, slots=slots,
+                run.save_checkpoint(checkpoint, config, parts, step=step + 1, kl_coef=kl_coef,
+                                    micro_batch=micro_batch, slots=slots,
                                     seconds=metrics.seconds(seconds))
-            if stopping:
+            if interrupted:
                 sys.exit("stopped after saving; the same command goes on from here")
     watch.settle(policy)
     if first < config.steps:
         print(f"rl: in the last step {1 - row['ended']:.1%} of the responses were cut off, "
               f"{row['ended'] - row['answered']:.1%} ended without an answer")
     metrics(config.steps, seconds=metrics.seconds(seconds))
-    (folder / "report.md").unlink(missing_ok=True)                   # of an earlier student
+    # It is of an earlier student.
+    (folder / "report.md").unlink(missing_ok=True)
     weights.save(policy, folder / "rl", folder / "sft")
     print(f"rl: -> {folder / 'rl'}")
-    (folder / "rl" / "resume.pt").unlink(missing_ok=True)
-    run.need(False, folder / "report.md", "eval.py", config)
+    checkpoint.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -368,11 +368,14 @@ def _inputs(folder):
 
 # ---- checkpoints ----
 
-def save_checkpoint(path, config, **state):
-    """State for an exact resume: what is given, the config and the random streams.
+def save_checkpoint(path, config, parts=None, **state):
+    """State for an exact resume. The file is complete or absent.
 
-    Given are state dicts and numbers. The file is complete or absent.
+    Args:
+        parts: {name: model or optimizer}, whose state dicts are saved.
+        state: numbers and tensors; the config and the random streams are saved beside them.
     """
+    state |= {name: part.state_dict() for name, part in (parts or {}).items()}
     streams = {"torch": torch.get_rng_state(), "python": json.dumps(random.getstate()),
                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
     path = Path(path)
@@ -388,8 +391,8 @@ def save_checkpoint(path, config, **state):
         beside.unlink(missing_ok=True)
 
 
-def load_checkpoint(path, config):
-    """The saved state, with the random streams put back; None if there is none.
+def load_checkpoint(path, config, parts=None):
+    """The saved state, put back into the random streams and `parts`; None if there is none.
 
     Raises SystemExit if the file is damaged, or if the settings differ in what the result depends
     on: it would be neither run.
@@ -397,8 +400,8 @@ def load_checkpoint(path, config):
     if not Path(path).exists():
         return None
     try:
-        with zipfile.ZipFile(path) as parts:                     # torch.load looks at no checksum
-            if parts.testzip():
+        with zipfile.ZipFile(path) as archive:                   # torch.load looks at no checksum
+            if archive.testzip():
                 raise ValueError
         state = torch.load(path, map_location="cpu", weights_only=True)
         before = state["config"]
@@ -412,6 +415,8 @@ def load_checkpoint(path, config):
     if changed:
         raise SystemExit(f"{path} was made with other settings ({'; '.join(changed)}). Give the "
                          "same ones, another --out, or delete it.")
+    for name, part in (parts or {}).items():
+        part.load_state_dict(state[name])
     torch.set_rng_state(state["streams"]["torch"])
     version, internal, gauss = json.loads(state["streams"]["python"])
     random.setstate((version, tuple(internal), gauss))

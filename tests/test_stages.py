@@ -19,7 +19,7 @@ import train_rl
 import train_rm
 import train_sft
 from data import TASKS, hub, response_ids, teacher
-from nanodistill import run, weights
+from nanodistill import responses, run, weights
 from nanodistill.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -337,7 +337,8 @@ def test_where_memory_runs_out_smaller_micro_batches_learn_the_same(
     for small in (False, True):
         out = copy(finished, tmp_path / str(small), *inputs)
         if small:
-            monkeypatch.setattr(script, name, small_memory(getattr(script, name), most))
+            place = responses if stage == "rl" else script
+            monkeypatch.setattr(place, name, small_memory(getattr(place, name), most))
         script.main([*COMMON, *flags, *out])
         figures.append(list(steps_of(tmp_path / str(small), stage, key).values()))
     assert figures[0] and figures[1] == pytest.approx(figures[0], rel=1e-3)
@@ -358,7 +359,8 @@ def test_the_gradients_of_a_pass_that_failed_half_way_do_not_count(
         finished, tmp_path, monkeypatch, script, stage, flags, inputs, name, key):
     """Memory runs out once, in the second micro-batch: the first one's gradients are there."""
     monkeypatch.setattr(run, "need", lambda *_: None)
-    whole, passes = getattr(script, name), []
+    place = responses if stage == "rl" else script
+    whole, passes = getattr(place, name), []
 
     def fails_once(*args, **kwargs):
         passes.append(torch.is_grad_enabled())
@@ -369,7 +371,7 @@ def test_the_gradients_of_a_pass_that_failed_half_way_do_not_count(
     figures = []
     for disturbed in (False, True):
         if disturbed:
-            monkeypatch.setattr(script, name, fails_once)
+            monkeypatch.setattr(place, name, fails_once)
         script.main([*COMMON, *flags, *copy(finished, tmp_path / str(disturbed), *inputs)])
         weight = load_file(tmp_path / str(disturbed) / stage / "model.safetensors")
         figures.append((list(steps_of(tmp_path / str(disturbed), stage, key).values()),

@@ -1,0 +1,28 @@
+"""One optimizer step as every stage takes it: a rate that rises and falls, clipped gradients."""
+
+import torch
+
+
+def schedule(step, steps, warmup, last):
+    """The learning rate of step `step` of `steps` (from 0), as a share of its peak.
+
+    It rises over the share `warmup` of the steps, and falls in a line to the share `last`.
+    """
+    return min((step + 1) / max(warmup * steps, 1), 1 - (1 - last) * step / steps)
+
+
+def set_rate(optimizers, rate):
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = rate
+
+
+def clipped_step(model, optimizers, max_norm):
+    """Scale the model's gradients down to `max_norm`, let the optimizers step, free the gradients.
+
+    Returns the norm before, a scalar tensor.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return norm

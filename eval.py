@@ -13,7 +13,6 @@ gold on test questions, beside that of each model's own sequence log-probability
 
 import io
 import json
-import math
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -24,8 +23,9 @@ from data import hub, prompts_of, ready, response_ids, task_of
 from nanodistill import fit, run, settings, vote, weights
 from nanodistill.generate import generate
 from nanodistill.model import ScalarModel
-from nanodistill.reward import auc, measure, score_sequences
+from nanodistill.reward import score_sequences
 from nanodistill.settings import Common, flag
+from nanodistill.stats import auc, measure, paired, wilson
 from nanodistill.tokenizer import Tokenizer
 
 
@@ -48,23 +48,6 @@ STAGES = {"eval": Config}
 
 
 # ---- figures ----
-
-def wilson(right, n, z=1.96):
-    """95% interval of a share `right` / n (Wilson 1927): (low, high)."""
-    p = right / n
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-
-
-def paired(a, b, z=1.96):
-    """Two models on the same questions, lists of bool -> {"difference" of accuracies a - b, "low", "high" (95%), "p" (McNemar, exact)}."""
-    n, only_a, only_b = len(a), sum(x and not y for x, y in zip(a, b)), sum(y and not x for x, y in zip(a, b))
-    difference = (only_a - only_b) / n
-    half = z * math.sqrt(max((only_a + only_b) / n - difference**2, 0) / n)
-    discordant = only_a + only_b
-    tail = sum(math.comb(discordant, i) for i in range(min(only_a, only_b) + 1)) / 2**discordant
-    return {"difference": difference, "low": difference - half, "high": difference + half, "p": min(1.0, 2 * tail)}
-
 
 def true_accuracy(task, split, ids, texts):
     """{"true_accuracy": share of the responses that are right by gold}, of those whose question has a gold answer; else {}.

@@ -37,6 +37,7 @@ from nanodistill.reward import score
 from nanodistill.settings import Common, flag
 from nanodistill.tokenizer import Tokenizer
 
+
 # ---- config ----
 
 @dataclass

@@ -27,6 +27,7 @@ from nanodistill.model import pack
 from nanodistill.settings import Common, flag
 from nanodistill.tokenizer import Tokenizer
 
+
 # ---- config ----
 
 @dataclass

@@ -1,8 +1,11 @@
-"""PPO for language models: KL-shaped rewards, GAE, whitening, clipped policy and value losses, KL control.
+"""PPO for language models: KL-shaped rewards, GAE, whitening, clipped policy and value losses, KL
+control.
 
-Everything is a function of tensors (B, T) over the *response* tokens of B right-padded sequences, with `mask` True at every sampled
-token, the EOS included. Follows arXiv 1707.06347 (PPO), 1506.02438 (GAE), 1909.08593 (KL penalty, adaptive coefficient) and "The N
-Implementation Details of RLHF with PPO". This file imports torch only and can be copied out alone.
+Everything is a function of tensors (B, T) over the *response* tokens of B right-padded sequences,
+none of them empty. `mask` is True at every sampled token, the EOS included; what lies outside of it
+counts for nothing, even if it is NaN. Follows arXiv 1707.06347 (PPO), 1506.02438 (GAE), 1909.08593
+(KL penalty, adaptive coefficient) and "The N Implementation Details of RLHF with PPO". This file
+imports torch only and can be copied out alone.
 
 A worked example, one response of three tokens, kl_coef 0.1, score 2, gamma 1, lambda 1:
 
@@ -10,40 +13,49 @@ A worked example, one response of three tokens, kl_coef 0.1, score 2, gamma 1, l
     rewards                    0.0 -0.05  2.02     (the score joins the last token)
     values                     1.0   1.2   1.5
     advantages                0.97  0.77  0.52     (what came after, less what was expected)
-    returns                   1.97  1.97  2.02     (advantages + values: what the value model learns)
+    returns                   1.97  1.97  2.02     (advantages + values: the value model's targets)
 """
 
 import torch
 
 
 def masked_mean(x, mask, denominator=None):
-    """Mean of x where mask is True, or their sum over `denominator` (the whole batch's token count under accumulation)."""
-    return (x * mask).sum() / (mask.sum().clamp(min=1) if denominator is None else denominator)
+    """Mean of x where mask is True, or their sum over `denominator`: the whole batch's token count
+    under gradient accumulation."""
+    total = x.masked_fill(~mask, 0).sum()
+    return total / (mask.sum().clamp(min=1) if denominator is None else denominator)
 
 
 def whiten(x, mask, shift_mean=True):
-    """x with variance 1 over the masked entries, and mean 0 unless `shift_mean` is False. Entries outside the mask become 0."""
+    """x with variance 1 over the masked entries, and mean 0 unless `shift_mean` is False. Entries
+    outside the mask become 0."""
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
     white = (x - mean) * torch.rsqrt(variance + 1e-8)
-    return (white if shift_mean else white + mean) * mask
+    return (white if shift_mean else white + mean).masked_fill(~mask, 0)
 
 
 def kl_k1(logprobs, ref_logprobs):
-    """log p - log r for tokens sampled from p: unbiased for KL(p || r), may be negative (joschu.net/blog/kl-approx.html)."""
+    """log p - log r for tokens sampled from p: unbiased for KL(p || r), may be negative
+    (joschu.net/blog/kl-approx.html)."""
     return logprobs - ref_logprobs
 
 
 def kl_k3(logprobs, ref_logprobs):
-    """r/p - 1 - log(r/p): unbiased as k1 is, never negative, less noisy. expm1 keeps small differences exact."""
+    """r/p - 1 - log(r/p): unbiased as k1 is, never negative, less noisy. expm1 keeps small
+    differences exact."""
     log_ratio = ref_logprobs - logprobs
     return torch.expm1(log_ratio) - log_ratio
 
 
 def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
-    """rewards (B, T): -kl_coef * (logprobs - ref_logprobs) at each token, and the response's score (B,) added at its last one."""
-    rewards = -kl_coef * kl_k1(logprobs, ref_logprobs) * mask
-    last = mask.sum(dim=1) - 1
+    """rewards (B, T): -kl_coef * (logprobs - ref_logprobs) at each token, and the response's score
+    (B,) added at its last one."""
+    # On CUDA, looking would wait for the device.
+    assert not mask.is_cpu or (mask[:, 0].all() and not (mask[:, 1:] & ~mask[:, :-1]).any()), \
+        "responses must be padded on the right, and none may be empty"
+    rewards = (-kl_coef * kl_k1(logprobs, ref_logprobs)).masked_fill(~mask, 0)
+    last = mask.sum(dim=1) - 1                                                 # (B,)
     rewards[torch.arange(len(scores), device=scores.device), last] += scores
     return rewards
 
@@ -51,9 +63,10 @@ def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """Generalised advantage estimation -> advantages, returns (B, T), 0 outside the mask.
 
-    delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}; past the last token V and A are 0.
+    delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}; past the last token V
+    and A are 0.
     """
-    values = values * mask
+    rewards, values = rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0)
     advantages, following, next_value = torch.zeros_like(rewards), 0.0, 0.0
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
@@ -63,31 +76,41 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, denominator=None):
-    """Clipped surrogate loss, and measurements without gradient: {"ratio", "approx_kl" (k3 against old), "clipfrac"}."""
-    log_ratio = (logprobs - old_logprobs) * mask
+    """Clipped surrogate loss, and measurements without gradient: {"ratio", "approx_kl" (k3 against
+    old), "clipfrac"}, means over the masked tokens."""
+    # Filled here, before exp: no NaN gradient comes from outside the mask.
+    log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0)
+    advantages = advantages.masked_fill(~mask, 0)
     ratio = log_ratio.exp()
     losses = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
     with torch.no_grad():
         clipped = ((ratio - 1).abs() > clip).float()
-        stats = {"ratio": masked_mean(ratio, mask, denominator), "clipfrac": masked_mean(clipped, mask, denominator),
+        stats = {"ratio": masked_mean(ratio, mask, denominator),
+                 "clipfrac": masked_mean(clipped, mask, denominator),
                  "approx_kl": masked_mean(kl_k3(old_logprobs, logprobs), mask, denominator)}
     return masked_mean(losses, mask, denominator), stats
 
 
 def value_loss(values, old_values, returns, mask, clip=0.2, denominator=None):
-    """Half the squared error, the worse of the values and of the values kept within `clip` of the old ones."""
+    """Half the squared error, the worse of the values and of the values kept within `clip` of the
+    old ones."""
+    values, old_values, returns = (
+        x.masked_fill(~mask, 0) for x in (values, old_values, returns))
     near = old_values + (values - old_values).clamp(-clip, clip)
-    return 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (near - returns) ** 2), mask, denominator)
+    errors = torch.maximum((values - returns) ** 2, (near - returns) ** 2)     # (B, T)
+    return 0.5 * masked_mean(errors, mask, denominator)
 
 
 def explained_variance(values, returns, mask):
-    """1 - Var(returns - values) / Var(returns) over the masked entries: 1 is perfect, 0 no better than the mean."""
+    """1 - Var(returns - values) / Var(returns) over the masked entries: 1 is perfect, 0 no better
+    than the mean."""
     def variance(x):
         return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
     return 1 - variance(returns - values) / variance(returns).clamp(min=1e-8)
 
 
 def adapt_kl(kl_coef, kl, target, samples, horizon=10000):
-    """The next KL coefficient: up when `kl` (nats a response) is above `target`, by at most 0.2 * samples / horizon (1909.08593, eq. 2)."""
+    """The next KL coefficient: up when `kl` (nats per response) is above `target`, by at most
+    0.2 * samples / horizon (1909.08593, eq. 2)."""
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * samples / horizon)

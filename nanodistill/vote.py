@@ -1,7 +1,8 @@
-"""Majority vote: from the answers a teacher gave to one question to a pseudo-label for every response to it.
+"""Majority vote: from the answers a teacher gave to one question to a label for each response.
 
-Self-consistency (arXiv 2203.11171) as a labeller: the answer on which most samples agree is taken to be right, and a response is
-good if it ends in that answer. No gold answer is involved. This file imports nothing of ours and can be copied out alone.
+Self-consistency (arXiv 2203.11171) as a labeller: the answer on which most samples agree is taken
+to be right, and a response is good if it ends in that answer. No gold answer is involved. This file
+imports nothing of ours and can be copied out alone.
 """
 
 from collections import Counter
@@ -10,7 +11,8 @@ from dataclasses import dataclass
 
 @dataclass
 class Vote:
-    """`answer` None: the question is dropped. `agreement`: the winner's share of all n samples, those without an answer included."""
+    """`answer` None: the question is dropped. `agreement`: the winner's share of all n samples,
+    those without an answer included."""
     answer: str | None
     agreement: float
     n: int
@@ -24,10 +26,11 @@ def plurality(answers):
 
 
 def majority(answers, min_agreement=0.0):
-    """The vote over the extracted answers (str, or None where a response has no answer) of one question's samples.
+    """The vote over the answers (str, or None where a response has none) of one question's samples.
 
-    Ours, not the paper's: a tie for the first place drops the question, since nothing tells which side is right; so does an
-    agreement below `min_agreement`. Answers must be normalised, so that equal answers are equal strings.
+    Ours, not the paper's: a tie for the first place drops the question, since nothing tells which
+    side is right; so does an agreement below `min_agreement`. Answers must be normalised, so that
+    equal answers are equal strings.
     """
     first = plurality(answers)
     agreement = answers.count(first[0]) / len(answers) if first else 0.0
@@ -36,11 +39,12 @@ def majority(answers, min_agreement=0.0):
 
 
 def labels(answers, vote):
-    """[bool] for each answer: is it the vote's? None for all of them where the question is dropped."""
+    """[bool] for each answer: is it the vote's? None for all where the question is dropped."""
     return [None if vote.answer is None else a == vote.answer for a in answers]
 
 
 def summary(votes):
     """{"kept": share of the questions with a vote, "agreement": mean agreement over those}."""
     kept = [v for v in votes if v.answer is not None]
-    return {"kept": len(kept) / max(len(votes), 1), "agreement": sum(v.agreement for v in kept) / max(len(kept), 1)}
+    return {"kept": len(kept) / max(len(votes), 1),
+            "agreement": sum(v.agreement for v in kept) / max(len(kept), 1)}

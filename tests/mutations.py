@@ -28,9 +28,10 @@ Mutation = namedtuple("Mutation", "name file old new tests reason", defaults=(""
 SFT, RM, RL, EVAL = "train_sft.py", "train_rm.py", "train_rl.py", "eval.py"
 GENERATE, MODEL, LOSSES = (f"nanodistill/{name}.py" for name in ("generate", "model", "losses"))
 PPO, REWARD, RUN, VOTE = (f"nanodistill/{name}.py" for name in ("ppo", "reward", "run", "vote"))
-SETTINGS, TOKENIZER, WEIGHTS, FIT, PRESETS, RESPONSES = (
+SETTINGS, TOKENIZER, WEIGHTS, FIT, PRESETS, RESPONSES, STATS = (
     f"nanodistill/{name}.py"
-    for name in ("settings", "tokenizer", "weights", "fit", "presets", "responses"))
+    for name in ("settings", "tokenizer", "weights", "fit", "presets", "responses",
+                 "stats"))
 
 TABLE = [Mutation(*entry) for entry in [
     # SFT.
@@ -113,8 +114,8 @@ TABLE = [Mutation(*entry) for entry in [
     ("eval-pass-is-all", EVAL, "sum(map(any, hits))", "sum(map(all, hits))", "meaning"),
     ("eval-train-questions-for-rl", EVAL, "if run.held_out(q[", "if not run.held_out(q[",
      "meaning"),
-    ("eval-wilson", EVAL, "(middle + half)", "(middle + 2 * half)", "eval"),
-    ("eval-mcnemar-one-sided", EVAL, "2 * tail", "tail", "eval"),
+    ("wilson", STATS, "(middle + half)", "(middle + 2 * half)", "stats"),
+    ("mcnemar-one-sided", STATS, "2 * tail", "tail", "stats"),
     # The teacher.
     ("teacher-answer-of-cut-off", "data/teacher.py", " if ended else None", "", "meaning"),
     ("teacher-one-temperature", "data/teacher.py", "temperatures[j % len(temperatures)]",
@@ -131,7 +132,7 @@ TABLE = [Mutation(*entry) for entry in [
     ("scores-out-of-order", REWARD, "return [scores[i] for i in range(len(rows))]",
      "return list(scores.values())", "reward"),
     ("bt-sign", REWARD, "F.logsigmoid(good - bad)", "F.logsigmoid(bad - good)", "reward"),
-    ("auc-without-ties", REWARD, "(counts - 1) / 2", "(counts - 1)", "reward"),
+    ("auc-without-ties", STATS, "(counts - 1) / 2", "(counts - 1)", "stats"),
     ("whiten-keeps-the-mean", PPO, "white if shift_mean", "white + mean if shift_mean", "ppo"),
     ("score-at-the-first-token", PPO, "last = mask.sum(dim=1) - 1", "last = mask.sum(dim=1) * 0",
      "ppo"),
@@ -140,6 +141,9 @@ TABLE = [Mutation(*entry) for entry in [
     ("clip-one-side", PPO, "clamp(1 - clip, 1 + clip)", "clamp(max=1 + clip)", "ppo"),
     ("clip-the-better", PPO, "losses = torch.maximum(", "losses = torch.minimum(", "ppo"),
     ("value-clip-ignored", PPO, "clamp(-clip, clip)", "clamp(-9e9, 9e9)", "ppo"),
+    ("nan-past-the-end", PPO, "(logprobs - old_logprobs).masked_fill(~mask, 0)",
+     "(logprobs - old_logprobs) * mask", "ppo"),
+    ("empty-responses", PPO, "mask[:, 0].all() and", "", "ppo"),
     ("adapt-kl-turned", PPO, "kl / target - 1", "1 - kl / target", "ppo"),
     # Losses.
     ("ignored-targets-count", LOSSES, "keep = targets != ignore_index",
@@ -193,7 +197,7 @@ TABLE = [Mutation(*entry) for entry in [
     ("digest-of-the-name", RUN, "hashlib.file_digest(file, \"sha256\").hexdigest()", "str(path)",
      "run_folder"),
     ("stale-is-taken", RUN, "if digest(folder / i) not in (\"\", was)", "if False", "run_folder"),
-    ("flipped-bit-is-loaded", RUN, "if parts.testzip():", "if False:", "run_folder"),
+    ("flipped-bit-is-loaded", RUN, "if archive.testzip():", "if False:", "run_folder"),
     ("nan-goes-on", RUN, "self.last is None or self.last.isfinite().all()", "True", "run_folder"),
     ("nan-weights-are-saved", RUN, "all(p.isfinite().all() for m in models", "all(True for m in []",
      "stages"),

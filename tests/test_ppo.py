@@ -7,6 +7,7 @@ import torch
 
 from nanodistill import ppo
 
+
 T = torch.tensor
 
 
@@ -136,3 +137,33 @@ def test_kl_coefficient_by_hand():
     assert ppo.adapt_kl(0.1, 60.0, 6.0, 1000) == pytest.approx(0.1 * 1.02)   # at most a fifth
     assert ppo.adapt_kl(0.1, 0.0, 6.0, 1000) == pytest.approx(0.1 * 0.98)
     assert ppo.adapt_kl(0.1, 6.6, 6.0, 1000, 500) == pytest.approx(0.1 * 1.2)
+
+
+def test_what_lies_outside_the_mask_counts_for_nothing_even_if_it_is_nan():
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    generator = torch.Generator().manual_seed(0)
+    clean = [torch.randn(2, 3, generator=generator) for _ in range(4)]
+
+    def figures(tensors):
+        a, b, c, d = (x.clone().requires_grad_() for x in tensors)
+        rewards = ppo.shape_rewards(torch.tensor([1.0, 2.0]), a, b, mask, 0.1)
+        loss, stats = ppo.policy_loss(a, b, c, mask)
+        loss = loss + ppo.value_loss(b, c, d, mask)
+        loss.backward()
+        return [rewards, *ppo.gae(c.detach(), d.detach(), mask), ppo.whiten(a, mask), loss,
+                ppo.explained_variance(c, d, mask), *stats.values(), a.grad, b.grad]
+
+    expected = figures([x.masked_fill(~mask, 0.0) for x in clean])
+    spoiled = figures([x.masked_fill(~mask, math.nan) for x in clean])
+    assert len(expected) == 11
+    for one, other in zip(expected, spoiled):
+        torch.testing.assert_close(other, one, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mask", [[[True, False, True]], [[False, True, True]],
+                                  [[True, True, True], [False, False, False]]])
+def test_responses_that_are_empty_or_not_padded_on_the_right_are_refused(mask):
+    mask = torch.tensor(mask)
+    zeros = torch.zeros(mask.shape)
+    with pytest.raises(AssertionError, match="padded on the right"):
+        ppo.shape_rewards(torch.zeros(len(mask)), zeros, zeros, mask, 0.1)

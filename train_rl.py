@@ -1,5 +1,4 @@
-"""Stage 3, PPO: the student writes, the reward model scores, the student learns to write what
-scores well. The main job.
+"""Stage 3, PPO: the student writes, the reward model scores, the student learns what scores well.
 
     python train_rl.py                                the tiny student, from nothing to the table
     python train_rl.py --steps 100 --kl-coef 0.1      longer, and closer to the SFT student
@@ -272,8 +271,7 @@ def train(config, folder, device, dtype):
             shaped = ppo.whiten(scores, torch.ones_like(ended)) if config.whiten_scores else scores
             shaped = shaped - config.no_eos_penalty * ~ended
             rewards = ppo.shape_rewards(shaped, old_logprobs, ref_logprobs, response_mask, kl_coef)
-            # Nats per response.
-            kl = (ppo.kl_k1(old_logprobs, ref_logprobs) * response_mask).sum(1).mean()
+            kl = (ppo.kl_k1(old_logprobs, ref_logprobs) * response_mask).sum(1).mean()    # nats
 
             # ---- 4. advantages: what came after each token, less what was expected before it ----
             advantages, returns = ppo.gae(rewards, old_values, response_mask, config.gamma,
@@ -341,8 +339,7 @@ def train(config, folder, device, dtype):
         print(f"rl: in the last step {1 - row['ended']:.1%} of the responses were cut off, "
               f"{row['ended'] - row['answered']:.1%} ended without an answer")
     metrics(config.steps, seconds=metrics.seconds(seconds))
-    # It is of an earlier student.
-    (folder / "report.md").unlink(missing_ok=True)
+    (folder / "report.md").unlink(missing_ok=True)                # of an earlier student
     weights.save(policy, folder / "rl", folder / "sft")
     print(f"rl: -> {folder / 'rl'}")
     checkpoint.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,17 +11,25 @@ from nanodistill.model import CausalLM, Config, init_weights
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
-ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"      # of the workplace this was built in; users have none
+# Under nohup, or a script's &, these are ignored: here, and in the processes that tests stop.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# Of the workplace this was built in; users have none.
+ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
 
 
 def random_model(kind=CausalLM, seed=0, **changes):
     """A small model with weights large enough that attention and positions matter to the output."""
-    config = Config(**{**dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                              num_key_value_heads=2, head_dim=8, max_position_embeddings=128), **changes})
+    shape = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                 num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+                 max_position_embeddings=128)
+    config = Config(**{**shape, **changes})
     model = init_weights(kind(config), torch.Generator().manual_seed(seed), std=0.3).eval()
     for name, parameter in model.named_parameters():
-        if name == "score.weight" or parameter.dim() == 1:                # norms and biases too: ones and zeros would hide a missing one
-            torch.nn.init.normal_(parameter, mean=float(name.endswith("norm.weight")), std=0.3, generator=torch.Generator().manual_seed(seed))
+        # Norms and biases too: ones and zeros would hide a missing one.
+        if name == "score.weight" or parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=float(name.endswith("norm.weight")), std=0.3,
+                                  generator=torch.Generator().manual_seed(seed))
     return model
 
 

@@ -45,6 +45,7 @@ def test_wrong_keys_are_errors_that_name_them(folder, change, words):
 
 
 @pytest.mark.parametrize("key, value", [("hidden_act", "gelu"), ("attention_bias", True), ("model_type", "mixtral"),
+                                        ("mlp_bias", True), ("pretraining_tp", 2),
                                         ("rope_scaling", {"rope_type": "yarn", "factor": 2.0}), ("final_logit_softcapping", 30.0), ("num_local_experts", 8),
                                         ("quantization_config", {"rope_type": "fp8"}), ("use_sliding_window", True), ("layer_types", ["sliding_attention"]),
                                         ("partial_rotary_factor", 0.5)])

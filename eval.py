@@ -47,7 +47,7 @@ class Config(Common):
 STAGES = {"eval": Config}
 
 
-# ---- figures ----
+# ---- samples, and gold ----
 
 def true_accuracy(task, split, ids, texts):
     """{"true_accuracy": share of the responses that are right by gold}, of those whose question has a gold answer; else {}.

@@ -114,14 +114,14 @@ def main(argv=None):
 
 @dataclass
 class Experience:
-    """What an update learns from. A star: (B, R), 0 outside the mask."""
+    """What an update learns from."""
     rows: list                              # B lists of token ids, prompt + response
     counts: list                            # B numbers: tokens of each response
     response_mask: torch.Tensor             # (B, R), True = a sampled token, the EOS included
-    old_logprobs: torch.Tensor              # * of the policy that sampled
-    old_values: torch.Tensor                # * of the value model then
-    advantages: torch.Tensor                # *
-    returns: torch.Tensor                   # *
+    old_logprobs: torch.Tensor              # (B, R) of the policy that sampled
+    old_values: torch.Tensor                # (B, R) of the value model then
+    advantages: torch.Tensor                # (B, R)
+    returns: torch.Tensor                   # (B, R)
 
 
 def squash_of(config):
@@ -196,7 +196,7 @@ def train(config, folder, device, dtype):
     if not questions:
         sys.exit(f"{folder / 'labels.jsonl'} holds no vote on a question that is not held out: "
                  "there is nothing to ask.")
-    print(f"rl: {len(questions)} questions, {B} responses a step, "
+    print(f"rl: {len(questions)} questions, {B} responses per step, "
           f"{config.ppo_epochs} x {config.minibatches} minibatches of {minibatch_size}")
     choice = run.fitted("rl", config, shape, dtype, device, max(map(len, prompts.values())),
                         config.max_new_tokens, batch=minibatch_size, jobs=B)

@@ -87,6 +87,14 @@ def main(argv=None):
     train(config, folder, device, dtype)
 
 
+@dataclass
+class Example:
+    id: str                                 # of the question
+    prompt_length: int                      # in tokens
+    ids: list                               # token ids, prompt + response
+    label: bool                             # is its answer the vote?
+
+
 def pairs_of(examples, seed):
     """[(good, bad)] of token ids: as many pairs per question as its rarer kind allows."""
     by_question = {}
@@ -100,20 +108,12 @@ def pairs_of(examples, seed):
     return pairs
 
 
-@dataclass
-class Example:
-    id: str                                 # of the question
-    prompt: int                             # its tokens
-    ids: list                               # token ids, prompt + response
-    label: bool                             # is its answer the vote?
-
-
 def summed_bce(model, examples, count, tokens, token_loss):
     """Loss of `examples`, each by its last token, over the whole batch's `count` of them. The
     earlier response tokens, `tokens` in the whole batch, weigh `token_loss` together."""
     packed = pack([e.ids for e in examples], model.score.weight.device)
     # From the prompt's last token on: these are the value model's states.
-    counts = [len(e.ids) - e.prompt + 1 if token_loss else 1 for e in examples]
+    counts = [len(e.ids) - e.prompt_length + 1 if token_loss else 1 for e in examples]
     labels, loss_weights = [], []
     for e, n in zip(examples, counts):
         labels += [float(e.label)] * n
@@ -129,7 +129,7 @@ def gradients(micro_batch, config, model, optimizers, batch):
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     pairs, total = config.rm_loss == "bt", 0.0
-    tokens = 0 if pairs else sum(len(e.ids) - e.prompt for e in batch)
+    tokens = 0 if pairs else sum(len(e.ids) - e.prompt_length for e in batch)
     for i in range(0, len(batch), micro_batch):
         some = batch[i:i + micro_batch]
         if pairs:
@@ -178,11 +178,11 @@ def train(config, folder, device, dtype):
         task, sampler, [1.0] * config.samples, "student", keep_tokens=True)
     del sampler
     run.made_from(folder, "rm", "teacher.jsonl", "labels.jsonl", "student.jsonl", "sft")
-    train, held_out = {"teacher": [], "student": []}, {"teacher": [], "student": []}
+    training, held_out = {"teacher": [], "student": []}, {"teacher": [], "student": []}
     for source, rows in (("teacher", teacher_rows), ("student", student_rows)):
         for row in rows:
             prompt, vote = prompts[row["id"]], votes[row["id"]]
-            split = held_out if run.held_out(row["id"]) else train
+            split = held_out if run.held_out(row["id"]) else training
             for r in row["responses"]:
                 if "failed" in r:
                     continue
@@ -191,7 +191,7 @@ def train(config, folder, device, dtype):
                     label = task.equal(r["answer"], vote)
                     split[source].append(Example(row["id"], len(prompt), ids, label))
     examples = []
-    for source, rows in train.items():
+    for source, rows in training.items():
         if config.rm_data in (source, "both"):
             examples += rows
     if config.rm_loss == "bt":

@@ -110,9 +110,9 @@ def train(config, folder, source, device, dtype):
     rows = {row["id"]: row for row in run.read_jsonl(folder / "teacher.jsonl", "id", "responses")}
     rows = [rows[id_] for id_ in sorted(rows.keys() & labels.keys())]
     prompts = prompts_of(task, tokenizer, rows)
-    train, held_out, too_long = [], [], 0
+    training, held_out, too_long = [], [], 0
     for row in rows:
-        split, prompt = held_out if run.held_out(row["id"]) else train, prompts[row["id"]]
+        split, prompt = held_out if run.held_out(row["id"]) else training, prompts[row["id"]]
         good = {r["text"] for r, label in zip(row["responses"], labels[row["id"]]) if label}
         for text in sorted(good):
             response = tokenizer.encode(text) + [tokenizer.eos_ids[0]]
@@ -123,23 +123,23 @@ def train(config, folder, source, device, dtype):
     if too_long:
         print(f"sft: {too_long} responses left out: with their questions they exceed the student's "
               f"{shape.max_position_embeddings} positions")
-    print(f"sft: {len(train)} responses to train on, {len(held_out)} held out, "
+    print(f"sft: {len(training)} responses to train on, {len(held_out)} held out, "
           f"of {len(labels)} questions")
-    if not train:
+    if not training:
         sys.exit("The vote left no response to train on. Did the teacher's answers end in what the "
                  f"task asks for (look into {folder / 'teacher.jsonl'})? If so: more --questions "
                  "or more --teacher.samples.")
-    batch_size = min(config.batch_size, len(train))
+    batch_size = min(config.batch_size, len(training))
     if batch_size < config.batch_size:
         print(f"sft: that is less than one batch of {config.batch_size}: a step takes all of them")
-    batches = len(train) // batch_size
+    batches = len(training) // batch_size
     steps = max(int(config.epochs * batches), 1)
     eval_every = max(batches // config.evals_an_epoch, 1)
 
     # ---- model and optimizer ----
     choice = run.fitted("sft", config, shape, dtype, device,
-                        max(len(prompt) for prompt, _ in train + held_out),
-                        max(len(response) for _, response in train + held_out), batch=batch_size)
+                        max(len(prompt) for prompt, _ in training + held_out),
+                        max(len(response) for _, response in training + held_out), batch=batch_size)
     micro_batch = choice.micro_batch
     model = weights.load(source, device=device).train()
     model.model.dtype, model.model.checkpoint = dtype, choice.checkpoint
@@ -176,9 +176,9 @@ def train(config, folder, source, device, dtype):
 
             # The order of an epoch follows from the seed and the epoch alone: a resumed run sees
             # the same batches.
-            order = list(range(len(train)))
+            order = list(range(len(training)))
             random.Random(f"{config.seed} {step // batches}").shuffle(order)
-            rows = [train[i] for i in order[step % batches * batch_size:][:batch_size]]
+            rows = [training[i] for i in order[step % batches * batch_size:][:batch_size]]
             rows.sort(key=lambda row: len(row[0]) + len(row[1]))
             total, micro_batch = run.halve_when_full(gradients, micro_batch, "--micro-batch", model,
                                                      optimizer, rows)

@@ -70,7 +70,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     advantages, following, next_value = torch.zeros_like(rewards), 0.0, 0.0
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        following = (delta + gamma * lam * following) * mask[:, t]
+        following = delta + gamma * lam * following
         advantages[:, t], next_value = following, values[:, t]
     return advantages, advantages + values
 
@@ -78,9 +78,8 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, denominator=None):
     """Clipped surrogate loss, and measurements without gradient: {"ratio", "approx_kl" (k3 against
     old), "clipfrac"}, means over the masked tokens."""
-    # Filled here, before exp: no NaN gradient comes from outside the mask.
+    # Filled before exp: no NaN gradient leaves from outside the mask.
     log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0)
-    advantages = advantages.masked_fill(~mask, 0)
     ratio = log_ratio.exp()
     losses = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
     with torch.no_grad():
@@ -94,8 +93,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, denominator=
 def value_loss(values, old_values, returns, mask, clip=0.2, denominator=None):
     """Half the squared error, the worse of the values and of the values kept within `clip` of the
     old ones."""
-    values, old_values, returns = (
-        x.masked_fill(~mask, 0) for x in (values, old_values, returns))
+    values = values.masked_fill(~mask, 0)
     near = old_values + (values - old_values).clamp(-clip, clip)
     errors = torch.maximum((values - returns) ** 2, (near - returns) ** 2)     # (B, T)
     return 0.5 * masked_mean(errors, mask, denominator)

@@ -1,4 +1,5 @@
-"""What a model says of sampled responses: log-probabilities and values as (B, R) tensors.
+"""What a model says of sampled responses: log-probabilities and values as (B, R) tensors; and which
+responses are taken together.
 
 `rows` are B lists of token ids, prompt + response, whose last `counts[b]` tokens are the response.
 A tensor (B, R) has a row per response and a column per response token. R is the longest response;

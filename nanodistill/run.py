@@ -404,7 +404,7 @@ def load_checkpoint(path, config, parts=None):
             if archive.testzip():
                 raise ValueError
         state = torch.load(path, map_location="cpu", weights_only=True)
-        before = state["config"]
+        before, saved = state["config"], {name: state[name] for name in parts or {}}
     except (ValueError, KeyError, RuntimeError, EOFError, zipfile.BadZipFile,
             pickle.UnpicklingError):
         sys.exit(f"{path} is damaged, or no checkpoint of this program. Delete it, and the stage "
@@ -415,8 +415,8 @@ def load_checkpoint(path, config, parts=None):
     if changed:
         raise SystemExit(f"{path} was made with other settings ({'; '.join(changed)}). Give the "
                          "same ones, another --out, or delete it.")
-    for name, part in (parts or {}).items():
-        part.load_state_dict(state[name])
+    for name, value in saved.items():
+        parts[name].load_state_dict(value)
     torch.set_rng_state(state["streams"]["torch"])
     version, internal, gauss = json.loads(state["streams"]["python"])
     random.setstate((version, tuple(internal), gauss))

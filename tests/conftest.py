@@ -9,6 +9,7 @@ import torch
 from data.tiny.make import make_tokenizer
 from nanodistill.model import CausalLM, Config, init_weights
 
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 # Under nohup, or a script's &, these are ignored: here, and in the processes that tests stop.

@@ -49,6 +49,17 @@ def test_checkpoint_brings_back_state_and_random_streams(tmp_path):
         run.load_checkpoint(tmp_path / "resume.pt", dataclasses.replace(config, rate=0.1))
 
 
+def test_checkpoint_fills_the_parts_and_one_without_them_is_refused(tmp_path):
+    saved, fresh = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    assert not torch.equal(saved.weight, fresh.weight)
+    run.save_checkpoint(tmp_path / "resume.pt", Config(), {"model": saved}, step=3)
+    assert run.load_checkpoint(tmp_path / "resume.pt", Config(), {"model": fresh})["step"] == 3
+    assert torch.equal(saved.weight, fresh.weight)
+    # As a checkpoint of an older program may be.
+    with pytest.raises(SystemExit, match="no checkpoint of this program"):
+        run.load_checkpoint(tmp_path / "resume.pt", Config(), {"model": fresh, "muon": fresh})
+
+
 def test_held_out_questions_are_the_same_everywhere_and_about_the_share_asked():
     ids = [f"q{i}" for i in range(2000)]
     five, ten = ({i for i in ids if run.held_out(i, share)} for share in (0.05, 0.1))

@@ -29,7 +29,8 @@ import train_sft
 from data import prompts_of, ready, response_ids, task_of
 from data.teacher import collect, local, shares
 from nanodistill import optim, run, settings, weights
-from nanodistill.model import ScalarModel, pack
+from nanodistill.batches import pack
+from nanodistill.model import ScalarModel
 from nanodistill.reward import bce_loss, bt_loss, score, score_sequences
 from nanodistill.settings import Common, flag
 from nanodistill.stats import calibration, measure

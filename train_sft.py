@@ -22,8 +22,8 @@ import torch
 
 from data import hub, prompts_of, ready, task_of, teacher
 from nanodistill import optim, run, settings, weights
+from nanodistill.batches import pack
 from nanodistill.losses import linear_cross_entropy
-from nanodistill.model import pack
 from nanodistill.settings import Common, flag
 from nanodistill.tokenizer import Tokenizer
 

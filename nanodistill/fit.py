@@ -25,7 +25,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanodistill import generate, losses
-from nanodistill.model import CausalLM, Config, KVCache, Packed, ScalarModel
+from nanodistill.batches import KVCache, Packed
+from nanodistill.model import CausalLM, Config, ScalarModel
 from nanodistill.presets import SIZES
 
 BYTES = {torch.float32: 4, torch.bfloat16: 2}
@@ -120,8 +121,9 @@ def on_meta(kind, shape, sequences, length):
     """A model of this shape, and packed sequences of `length` tokens."""
     with torch.device("meta"):
         positions = torch.arange(length).repeat(sequences)
-        places = torch.arange(sequences * length)
-        return kind(Config(*shape)), Packed(places, positions, places, [length] * sequences)
+        cells = torch.arange(sequences * length)
+        packed = Packed(cells, positions, cells, [length] * sequences)
+        return kind(Config(*shape)), packed
 
 
 @functools.cache
@@ -177,21 +179,19 @@ def sampling_peaks(shape, dtype, slots, prompt, response, device):
     model, packed = on_meta(CausalLM, shape, prompts, prompt)
     model = model.to(dtype).requires_grad_(False)
     with On(device), Peak(model) as memory, torch.inference_mode(), torch.device("meta"):
-        whole, real = torch.zeros(slots, dtype=torch.long), torch.zeros(slots)
-        state = {name: whole.clone() for name in ("stream", "last", "position", "count")} | {
-            "tokens": whole[:, None].repeat(1, response), "temperature": real, "done": whole.bool(),
-            "logprobs": real[:, None].repeat(1, response)}
+        rows, u = torch.zeros(slots, dtype=torch.long), torch.zeros(slots)
+        state = generate.Slots.empty(slots, response, 0, "meta")
         cache = KVCache(model.config, slots, prompt + response, "meta", dtype)
-        fresh = KVCache(model.config, prompts, prompt, "meta", dtype)
+        fresh = packed.cache = KVCache(model.config, prompts, prompt, "meta", dtype)
         memory.start("prefill")
-        logits = model.lm_head(model.model(packed, fresh)[:prompts])
+        logits = model.lm_head(model.model(packed)[:prompts])
         memory.start("copy")
-        cache.copy_rows(fresh, whole, whole)
+        cache.copy_rows(fresh, rows, rows)
         memory.start("first token")
-        generate.choose_by_rows(logits[whole], real, real)
-        del fresh, logits
+        generate.choose(logits[rows], u, u)
+        del fresh, packed, logits
         memory.start("decode")
-        generate.decode_step(model, cache, state, whole[:1], response)
+        generate.decode_step(model, cache, state, rows[:1])
         return memory.peaks
 
 

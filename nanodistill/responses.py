@@ -9,8 +9,8 @@ no model computes on padding.
 
 import torch
 
+from nanodistill.batches import pack
 from nanodistill.losses import linear_logprobs
-from nanodistill.model import pack
 
 
 def mask(counts):

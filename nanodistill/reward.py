@@ -7,7 +7,7 @@ ended. Sequences are packed: neither batch mates nor the padding that attention 
 import torch
 import torch.nn.functional as F
 
-from nanodistill.model import pack
+from nanodistill.batches import pack
 
 
 def score(model, rows):

@@ -26,7 +26,9 @@ LIMIT = 900                                              # seconds of the tests 
 Mutation = namedtuple("Mutation", "name file old new tests reason", defaults=("",))
 
 SFT, RM, RL, EVAL = "train_sft.py", "train_rm.py", "train_rl.py", "eval.py"
-GENERATE, MODEL, LOSSES = (f"nanodistill/{name}.py" for name in ("generate", "model", "losses"))
+GENERATE, MODEL, LOSSES, BATCHES, SAMPLING, CPU = (
+    f"nanodistill/{name}.py" for name in ("generate", "model", "losses", "batches", "sampling",
+                                          "cpu"))
 PPO, REWARD, RUN, VOTE = (f"nanodistill/{name}.py" for name in ("ppo", "reward", "run", "vote"))
 SETTINGS, TOKENIZER, WEIGHTS, FIT, PRESETS, RESPONSES, STATS = (
     f"nanodistill/{name}.py"
@@ -156,21 +158,25 @@ TABLE = [Mutation(*entry) for entry in [
     # Model.
     ("rope-not-negated", MODEL, "(-angles, angles)", "(angles, angles)", "model"),
     ("attention-not-causal", MODEL, "is_causal=True", "is_causal=False", "model"),
-    ("cache-sees-the-future", MODEL, "slots <= at", "slots <= at + 1", "model generate"),
+    ("cache-sees-the-future", BATCHES, "<= positions[:, None]", "<= positions[:, None] + 1",
+     "model generate"),
     ("gate-and-up-swapped", MODEL, "F.silu(gate) * up", "F.silu(up) * gate", "model"),
-    ("packed-positions-run-on", MODEL,
-     "positions = torch.cat([torch.arange(len(row)) for row in rows])",
-     "positions = torch.arange(sum(map(len, rows)))", "model"),
+    ("packed-positions-run-on", BATCHES,
+     "positions = torch.cat([torch.arange(n) for n in lengths])",
+     "positions = torch.arange(sum(lengths))", "model"),
+    ("blocks-see-their-future", CPU, ".triu(1 + start)", ".triu(2 + start)", "model"),
+    ("queries-bias-is-all", CPU, "[layer.bias.detach() for layer in layers]",
+     "[layers[0].bias.detach()] + [layer.bias.detach() * 0 for layer in layers[1:]]", "generate"),
     ("llama3-scaling-turned", MODEL, "(1 - keep) * frequencies", "keep * frequencies", "model"),
     # Sampling.
-    ("temperature-multiplies", GENERATE, "(1 / temperature.masked_fill(greedy, 1.0))",
-     "(temperature.masked_fill(greedy, 1.0))", "generate"),
+    ("temperature-multiplies", SAMPLING, "1 / temperature.masked_fill(greedy, 1.0)",
+     "temperature.masked_fill(greedy, 1.0)", "generate"),
     ("one-stream-for-all", GENERATE, "stream_of(seed, ids[i], j)", "stream_of(seed, ids[i], 0)",
      "generate"),
-    ("same-number-each-token", GENERATE, "GOLDEN * (count + 1)", "GOLDEN", "generate"),
-    ("sample-without-its-eos", GENERATE, "Sample(t[:length],", "Sample(t[:length - stop],",
-     "generate"),
-    ("cut-off-counts-as-ended", GENERATE, "l[:length], stop)", "l[:length], True)", "generate"),
+    ("same-number-each-token", SAMPLING, "GOLDEN * (count + 1)", "GOLDEN", "generate"),
+    ("sample-without-its-eos", GENERATE, "Sample(tokens[k][:n],",
+     "Sample(tokens[k][:n - stopped[k]],", "generate"),
+    ("cut-off-counts-as-ended", GENERATE, "[:n], stopped[k])", "[:n], True)", "generate"),
     # Tokenizer, weights.
     ("special-text-becomes-special", TOKENIZER, "encode_special_tokens = True",
      "encode_special_tokens = False", "tokenizer"),

@@ -12,8 +12,9 @@ from conftest import random_model
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode, unset_fake_temporarily
 
 from nanodistill import generate, ppo
+from nanodistill.batches import KVCache, pack
 from nanodistill.losses import linear_cross_entropy, linear_distillation, linear_logprobs
-from nanodistill.model import CausalLM, Config, KVCache, ScalarModel, pack
+from nanodistill.model import CausalLM, Config, ScalarModel
 
 DEVICE = "meta"
 
@@ -26,12 +27,6 @@ def fake():
 
 def inputs(N=70, D=16, V=40):
     return torch.randn(N, D, device=DEVICE, requires_grad=True), torch.randn(V, D, device=DEVICE, requires_grad=True), torch.zeros(N, dtype=torch.long, device=DEVICE)
-
-
-def state(B, limit):
-    zeros = torch.zeros(B, dtype=torch.long, device=DEVICE)
-    return {"temperature": torch.ones(B, device=DEVICE), "stream": zeros, "last": zeros.clone(), "position": zeros.clone(), "count": zeros.clone(),
-            "done": zeros.bool(), "tokens": torch.zeros(B, limit, dtype=torch.long, device=DEVICE), "logprobs": torch.zeros(B, limit, device=DEVICE)}
 
 
 def fake_model(kind):
@@ -56,10 +51,10 @@ def test_losses_stay_on_the_device(loss):
 def test_a_decode_step_stays_on_the_device():
     model, B = fake_model(CausalLM), 5
     model.model.angles = model.model.angles.to(DEVICE)
-    cache, slots = KVCache(model.config, B, 64, DEVICE, torch.float32), state(B, 32)
+    cache, slots = KVCache(model.config, B, 64, DEVICE, torch.float32), generate.Slots.empty(B, 32, 0, DEVICE)
     with torch.no_grad():
-        generate.decode_step(model, cache, slots, torch.tensor([1, 2], device=DEVICE), 32)
-    assert slots["tokens"].shape == (B, 32) and slots["done"].device.type == DEVICE
+        generate.decode_step(model, cache, slots, torch.tensor([1, 2], device=DEVICE))
+    assert slots.tokens.shape == (B, 32) and slots.done.device.type == DEVICE
 
 
 def test_a_ppo_update_stays_on_the_device(fake):
@@ -69,8 +64,8 @@ def test_a_ppo_update_stays_on_the_device(fake):
     with unset_fake_temporarily():                                 # the host counts before anything goes to the device
         packed = pack([row[:-1] for row in rows])
         at = packed.tail(counts)
-    places = {name: getattr(packed, name).to(DEVICE) for name in ("ids", "positions", "places")}
-    packed, at = replace(packed, **places), at.to(DEVICE)
+    tensors = {name: getattr(packed, name).to(DEVICE) for name in ("ids", "positions", "cells")}
+    packed, at = replace(packed, **tensors), at.to(DEVICE)
     old, advantages, returns = (torch.zeros(6, device=DEVICE) for _ in range(3))
     every = torch.ones(6, dtype=torch.bool, device=DEVICE)
     logprobs, _ = linear_logprobs(policy.model(packed).index_select(0, at), policy.head, torch.zeros(6, dtype=torch.long, device=DEVICE))
@@ -111,9 +106,11 @@ def test_the_decode_step_and_the_losses_are_each_one_graph():
         torch.testing.assert_close(got, expected)
 
         model = random_model()
-        cache, slots = KVCache(model.config, 3, 16, "cpu", torch.float32), {name: x.new_zeros(x.shape, device="cpu") for name, x in state(3, 8).items()}
-        slots["temperature"] += 1
+        cache = KVCache(model.config, 3, 16, "cpu", torch.float32)
+        slots = generate.Slots.empty(3, 8, 0, "cpu")
+        slots.temperature += 1
+        slots.done[:] = False
         step = torch.compile(generate.decode_step, fullgraph=True, backend="aot_eager")
         with torch.no_grad():
-            step(model, cache, slots, torch.tensor([1]), 8)
-        assert slots["count"].tolist() == [1, 1, 1] and slots["position"].tolist() == [1, 1, 1]
+            step(model, cache, slots, torch.tensor([1]))
+        assert slots.count.tolist() == slots.position.tolist() == [1, 1, 1]

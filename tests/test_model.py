@@ -4,8 +4,10 @@ import pytest
 import torch
 from conftest import random_model
 
+from nanodistill import cpu
+from nanodistill.batches import KVCache, NewTokens, pack
 from nanodistill.generate import generate
-from nanodistill.model import KVCache, ScalarModel, causal_attention, grouped_attention, pack
+from nanodistill.model import ScalarModel, causal_attention, grouped_attention
 from nanodistill.weights import load, save
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
@@ -61,29 +63,39 @@ def test_cached_forward_equals_full_forward_with_rows_of_unequal_length():
         cache, fresh = (KVCache(model.config, 3, length, "cpu", torch.float32) for length in (64, 17))
         cache.k.fill_(100.0), cache.v.fill_(100.0)                      # stale content must not matter
         prompt = torch.tensor([5, 17, 11])
-        model(pack([row[:n] for row, n in zip(ids.tolist(), prompt)]), fresh)
+        model(pack([row[:n] for row, n in zip(ids.tolist(), prompt)], cache=fresh))
         cache.copy_rows(fresh, torch.arange(3), torch.arange(3))
-        cache = cache.first(50)
+        cache = cache.view(3, 50)
         for step in range(20):
             at = prompt + step
-            logits = model(ids.gather(1, at[:, None]).squeeze(1), cache, at)
+            logits = model(NewTokens(ids.gather(1, at[:, None]).squeeze(1), at, cache))
             expected = full[torch.arange(3), at]
             assert (logits - expected).abs().max() <= 1e-4
 
 
 def test_attention_by_products_equals_pytorchs_in_values_and_gradients():
-    """Grouped queries in fp64 against PyTorch's kernel; then the blocks of queries that bf16 goes through on CPU against the same."""
-    q, k, v = (torch.randn(2, heads, 9, 8, generator=torch.Generator().manual_seed(heads), dtype=torch.float64, requires_grad=True) for heads in (6, 2, 2))
-    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    wanted = torch.autograd.grad(expected.sin().sum(), (q, k, v))
+    """Grouped queries in fp64 against PyTorch's kernel, as model.py calls it and as it is; then the
+    blocks of queries that bf16 goes through on CPU."""
+    q, k, v = (torch.randn(2, 9, heads, 8, generator=torch.Generator().manual_seed(heads),
+                           dtype=torch.float64, requires_grad=True) for heads in (6, 2, 2))
+
+    def gradients(out):
+        return torch.autograd.grad(out.sin().sum(), (q, k, v))
+    tq, tk, tv = (x.transpose(1, 2) for x in (q, k, v))                # (2, heads, 9, 8)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        tq, tk, tv, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)        # (2, 9, 48)
+    wanted = gradients(expected)
     mask = torch.full((9, 9), -torch.inf, dtype=torch.float64).triu(1).repeat(3, 1)
-    got = grouped_attention(q.unflatten(1, (2, 3)).flatten(2, 3), k.transpose(2, 3), v, mask).reshape(q.shape)
-    assert torch.allclose(got, expected, atol=1e-12)
-    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(torch.autograd.grad(got.sin().sum(), (q, k, v)), wanted))
+    rows = tq.unflatten(1, (2, 3)).flatten(2, 3)                       # (2, 2, 27, 8)
+    products = grouped_attention(rows, tk.transpose(2, 3), tv, mask)
+    for got in (causal_attention(q, k, v),
+                products.reshape(2, 6, 9, 8).transpose(1, 2).flatten(2)):
+        assert torch.allclose(got, expected, atol=1e-12)
+        assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(gradients(got), wanted))
     for block in (4, 128):
-        low = causal_attention(*(x.bfloat16() for x in (q, k, v)), block)
+        low = cpu.causal_attention(*(x.bfloat16() for x in (q, k, v)), block)
         assert (low.double() - expected).abs().max() < 0.03
-        assert all((a.double() - b).abs().max() < 0.05 for a, b in zip(torch.autograd.grad(low.sin().sum(), (q, k, v)), wanted))
+        assert all((a.double() - b).abs().max() < 0.05 for a, b in zip(gradients(low), wanted))
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])

@@ -1,0 +1,109 @@
+"""Two layouts of a batch beside model.py's Padded, each with its attention.
+
+    Packed       sequences laid end to end: training, scoring, and the prompts that fill a KVCache
+    NewTokens    one new token per sequence, against a KVCache of what came before: decoding
+
+S is the number of cache positions per sequence; the other shapes are model.py's.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+
+from nanodistill import cpu
+from nanodistill.model import causal_attention, grouped_attention
+
+
+@dataclass
+class Packed:
+    """Sequences of unequal length laid end to end, N tokens in all: only attention sees padding."""
+    ids: torch.Tensor                      # (N,) int64
+    positions: torch.Tensor                # (N,) of each token within its own sequence
+    cells: torch.Tensor                    # (N,) of each token in the (B, T) grid, flattened
+    lengths: list                          # B numbers
+    cache: "KVCache" = None                # of B rows and T positions, which attention fills
+
+    def attend(self, layer, q, k, v):
+        """q (N, H, head_dim), k and v (N, K, head_dim) -> (N, H * head_dim)."""
+        q, k, v = self.grid(q), self.grid(k), self.grid(v)             # (B, T, heads, head_dim)
+        if self.cache is not None:
+            self.cache.k[layer].copy_(k.permute(0, 2, 3, 1))
+            self.cache.v[layer].copy_(v.transpose(1, 2))
+        attention = cpu.causal_attention if cpu.helps(q) else causal_attention
+        return attention(q, k, v).flatten(0, 1).index_select(0, self.cells)
+
+    def grid(self, x):
+        """x (N, ...) -> (B, T, ...), zeros in the padding."""
+        B, T = len(self.lengths), max(self.lengths)
+        zeros = x.new_zeros(B * T, *x.shape[1:])
+        return zeros.index_copy(0, self.cells, x).unflatten(0, (B, T))
+
+    def tail(self, counts):
+        """Indices (sum of counts,) into N of the last `counts[b]` tokens of each sequence b."""
+        ends = itertools.accumulate(self.lengths)
+        tails = [torch.arange(end - count, end) for end, count in zip(ends, counts)]
+        return torch.cat(tails).to(self.ids.device)
+
+
+def pack(rows, device="cpu", cache=None):
+    """Lists of token ids, none empty -> Packed.
+
+    All counting is done on the host, so nothing waits for the device.
+    """
+    lengths = [len(row) for row in rows]
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    first = torch.arange(len(rows)) * max(lengths)                     # each row's first cell
+    cells = positions + torch.repeat_interleave(first, torch.tensor(lengths))
+    ids = torch.tensor([token for row in rows for token in row])
+    return Packed(ids.to(device), positions.to(device), cells.to(device), lengths, cache)
+
+
+class KVCache:
+    """Keys and values of B sequences, in tensors of fixed shape: one compiled step serves all.
+
+    Row b holds its own sequence from position 0 on. What lies past its newest token is stale and
+    never attended to. Keys are transposed: a decode step multiplies one query with all of them,
+    and in bf16 on CPU that product takes a third of the time so.
+    """
+
+    def __init__(self, config, batch, length, device, dtype):
+        shape, d = (config.num_hidden_layers, batch, config.num_key_value_heads), config.head_dim
+        self.k = torch.zeros(*shape, d, length, device=device, dtype=dtype)   # (layers, B, K, d, S)
+        self.v = torch.zeros(*shape, length, d, device=device, dtype=dtype)   # (layers, B, K, S, d)
+
+    def view(self, rows, length):
+        """The first `length` positions of the first `rows` rows."""
+        view = object.__new__(KVCache)
+        view.k, view.v = self.k[:, :rows, :, :, :length], self.v[:, :rows, :, :length]
+        return view
+
+    def copy_rows(self, other, source, target):
+        """Copy the rows `source` of a cache that is no longer to the rows `target` of this one."""
+        length = other.v.shape[3]
+        self.k[:, target, :, :, :length] = other.k[:, source]
+        self.v[:, target, :, :length] = other.v[:, source]
+
+
+class NewTokens:
+    """One new token per sequence, written into the cache at `positions`; it sees all up to there.
+
+    ids, positions: (B,) int64. cache: of B rows.
+    """
+
+    def __init__(self, ids, positions, cache):
+        self.ids, self.positions, self.cache = ids, positions, cache
+        self.rows = torch.arange(len(ids), device=ids.device)
+        _, _, K, S, _ = cache.v.shape
+        seen = torch.arange(S, device=ids.device) <= positions[:, None]               # (B, S)
+        mask = torch.where(seen, 0.0, -math.inf).to(cache.v.dtype)
+        self.mask = mask.repeat_interleave(K, dim=0)[:, None]              # (B * K, 1, S)
+
+    def attend(self, layer, q, k, v):
+        """q (B, H, head_dim), k and v (B, K, head_dim) -> (B, H * head_dim)."""
+        keys, values = self.cache.k[layer], self.cache.v[layer]
+        keys[self.rows, :, :, self.positions] = k
+        values[self.rows, :, self.positions] = v
+        q = q.unflatten(1, (k.shape[1], -1))                           # (B, K, H / K, head_dim)
+        return grouped_attention(q, keys, values, self.mask).flatten(1)

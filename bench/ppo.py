@@ -44,6 +44,7 @@ def prepare(folder, task):
 
 
 def nanodistill(folder, args):
+    """`train_rl.main`, less the evaluation."""
     flags = {
         "steps": 3, "prompts": 64, "samples": 1, "max-new-tokens": 64, "slots": 64,
         "ppo-epochs": 4, "minibatches": 4, "micro-batch": 16, "seed": 0, "learning-rate": 1e-6,

@@ -1,17 +1,22 @@
-"""Fused linear losses: from hidden states and the head's weight to a loss, without the (tokens x vocabulary) logits.
+"""Fused linear losses: from hidden states and the head's weight to a loss, without the logits.
 
-For Llama 3 the logits of 8,192 tokens take 4 GB in fp32, and their gradient as much again. Here they exist for a chunk of tokens at a time, in one
-buffer, and their gradient overwrites them. Three functions, of two kinds, since they need different things from backward:
+For Llama 3 the (tokens x vocabulary) logits of 8,192 tokens take 4 GB in fp32, and their gradient
+as much again. Here they exist for a chunk of tokens at a time, in one buffer, and their gradient
+overwrites them. Three functions, of two kinds, since they need different things from backward:
 
-    linear_cross_entropy   scalar losses (SFT; on-policy distillation). All gradients are computed during the forward pass, chunk by
-    linear_distillation    chunk: right only because nothing but a scale can come between such a loss and `backward()`.
-    linear_logprobs        log-probability of each target and entropy of each distribution (PPO). What multiplies each token's gradient is
-                           known only in backward, so the chunk's logits are computed again there; their normalizers are kept.
+    linear_cross_entropy   Scalar losses (SFT; on-policy distillation). All gradients are computed
+    linear_distillation    in the forward pass, chunk by chunk: right only because nothing but a
+                           scale can come between such a loss and `backward()`.
+    linear_logprobs        Log-probability of each target and entropy of each distribution (PPO).
+                           What multiplies each token's gradient is known only in backward, so the
+                           chunk's logits are computed again there; their normalizers are kept.
 
-What happens to a chunk's logits between the matrix products is a *kernel*: a function of a few lines that torch.compile makes one pass or two
-of. Its number of tokens is a dynamic shape, so a kernel compiles once, whatever the lengths. Logits are matrix products in the dtype of
-`hidden`; softmax, losses and sums are fp32. The weight's gradient is summed in fp32, but for bf16 weights of few chunks: see `_Gradients`.
-The idea: Liger-Kernel (arXiv 2410.10989), Cut Cross-Entropy (arXiv 2411.09009). This file imports torch only and can be copied out alone.
+What happens to a chunk's logits between the matrix products is a *kernel*: a function of a few
+lines that torch.compile makes one pass or two of. Its number of tokens is a dynamic shape, so a
+kernel compiles once, whatever the lengths. Logits are matrix products in the dtype of `hidden`;
+softmax, losses and sums are fp32. The weight's gradient is summed in fp32, but for bf16 weights of
+few chunks: see `_Gradients`. The idea: Liger-Kernel (arXiv 2410.10989), Cut Cross-Entropy (arXiv
+2411.09009). This file imports torch only and can be copied out alone.
 """
 
 import functools
@@ -20,11 +25,14 @@ import warnings
 
 import torch
 
-BUDGET = 96 * 2**20                                                # bytes of logits that exist at once: 1,024 tokens of bf16 at a vocabulary of 49,152
-WORTH_COMPILING = 2**22                                            # logits of a chunk; with fewer, compiling takes longer than it will save
+
+# Bytes of logits that exist at once: 1,024 tokens of bf16 at a vocabulary of 49,152.
+BUDGET = 96 * 2**20
+# Logits of a chunk; with fewer, compiling takes longer than it will save.
+WORTH_COMPILING = 2**22
 
 
-# ---- kernels: logits (n, V), overwritten where the name ends in _; all else is (n,) or a scalar tensor, fp32 ----
+# ---- kernels: logits (n, V), overwritten where the name ends in _; all else fp32, (n,) or () ----
 
 def _weigh(p, f):
     """p * f, and 0 where p is 0, even times infinity; NaN stays."""
@@ -32,7 +40,8 @@ def _weigh(p, f):
 
 
 def _normalizer(logits):
-    return logits.float().logsumexp(dim=-1)                        # log Z
+    """-> log Z."""
+    return logits.float().logsumexp(dim=-1)
 
 
 def _cross_entropy_(logits, scale):
@@ -43,48 +52,57 @@ def _cross_entropy_(logits, scale):
     return normalizer
 
 
-def _statistics(logits, heat):
-    """-> log Z and entropy of softmax(heat * logits); heat is 1 / temperature."""
-    x = logits.float() * heat
+def _statistics(logits, inverse_temperature):
+    """-> log Z and entropy of softmax(logits / temperature)."""
+    x = logits.float() * inverse_temperature
     largest = x.amax(dim=-1, keepdim=True)
     shares = (x - largest).exp()
     total = shares.sum(dim=-1)
     normalizer = largest.squeeze(-1) + total.log()
-    return normalizer, normalizer - _weigh(shares, x).sum(dim=-1) / total    # H = log Z - E[logit]
+    # H = log Z - E[logit].
+    return normalizer, normalizer - _weigh(shares, x).sum(dim=-1) / total
 
 
-def _logprobs_gradient_(logits, heat, normalizer, scale):
-    """Logits become the gradient of sum(scale * logprobs) but for the targets' own part: -scale * softmax."""
-    logits.copy_((logits.float() * heat - normalizer[:, None]).exp() * (-heat * scale)[:, None])
+def _logprobs_gradient_(logits, inverse_temperature, normalizer, scale):
+    """Logits become the gradient of sum(scale * logprobs), -scale * softmax, but for the targets'
+    own part."""
+    softmax = (logits.float() * inverse_temperature - normalizer[:, None]).exp()
+    logits.copy_(softmax * (-inverse_temperature * scale)[:, None])
 
 
-def _entropy_gradient_(logits, heat, normalizer, scale, entropy, entropy_scale):
-    """The same of sum(scale * logprobs + entropy_scale * entropy): d H / d logit = -p (log p + H)."""
-    logprobs = logits.float() * heat - normalizer[:, None]
+def _entropy_gradient_(logits, inverse_temperature, normalizer, scale, entropy, entropy_scale):
+    """The same of sum(scale * logprobs + entropy_scale * entropy): dH / dlogit = -p (log p + H)."""
+    logprobs = logits.float() * inverse_temperature - normalizer[:, None]
     surprise = (logprobs + entropy[:, None]) * entropy_scale[:, None]
-    logits.copy_(_weigh(logprobs.exp() * -heat, scale[:, None] + surprise))
+    logits.copy_(_weigh(logprobs.exp() * -inverse_temperature, scale[:, None] + surprise))
 
 
-def _distillation_(logits, teacher_logits, heat, scale, kind):
-    """Divergence of each token; logits become the gradient of scale * its sum."""
-    student, teacher = (logits.float() * heat).log_softmax(dim=-1), (teacher_logits.float() * heat).log_softmax(dim=-1)
+def _distillation_(logits, teacher_logits, inverse_temperature, scale, kind):
+    """-> divergence per token; logits become the gradient of scale * its sum."""
+    student = (logits.float() * inverse_temperature).log_softmax(dim=-1)
+    teacher = (teacher_logits.float() * inverse_temperature).log_softmax(dim=-1)
     if kind == "forward_kl":
         divergence = _weigh(teacher.exp(), teacher - student).sum(dim=-1)
         gradient = student.exp() - teacher.exp()
+    elif kind == "reverse_kl":
+        # sum_v p_v f_v, whose derivative by the logits is p (f - E[f]).
+        f = student - teacher
+        divergence = _weigh(student.exp(), f).sum(dim=-1)
+        gradient = _weigh(student.exp(), f - divergence[:, None])
     else:
-        # Both are sum_v p_v f_v + a part whose gradient is within f: d / d logit = p (f - E[f]).
-        middle = teacher if kind == "reverse_kl" else torch.logaddexp(student, teacher) - math.log(2)
-        f = (student - middle) * (1.0 if kind == "reverse_kl" else 0.5)
+        # The middle moves with the student too, but that has no derivative: it is p (f - E[f]).
+        middle = torch.logaddexp(student, teacher) - math.log(2)
+        f = (student - middle) * 0.5
         mean = _weigh(student.exp(), f).sum(dim=-1)
-        divergence, gradient = mean, _weigh(student.exp(), f - mean[:, None])
-        if kind == "jsd":
-            divergence = mean + 0.5 * _weigh(teacher.exp(), teacher - middle).sum(dim=-1)
-    logits.copy_(gradient * (heat * scale))
+        divergence = mean + 0.5 * _weigh(teacher.exp(), teacher - middle).sum(dim=-1)
+        gradient = _weigh(student.exp(), f - mean[:, None])
+    logits.copy_(gradient * (inverse_temperature * scale))
     return divergence
 
 
 def _add_(total, part):
-    total.add_(part)                                               # fp32 += bf16: eagerly ten times slower on CPU
+    # fp32 += bf16: eagerly ten times slower on CPU.
+    total.add_(part)
 
 
 @functools.cache
@@ -94,7 +112,13 @@ def _compiled(kernel):
 
 def _run(kernel, logits, *args):
     """kernel(logits, *args), compiled if that is worth it and a compiler is there."""
-    if logits.numel() < WORTH_COMPILING or torch.compiler.is_compiling() or _no_compiler(logits.device.type):
+    if logits.numel() < WORTH_COMPILING or torch.compiler.is_compiling():
+        return kernel(logits, *args)
+    if logits.device.type == "meta":
+        # To who measures memory there, what counts is that a compiled kernel makes nothing as large
+        # as the logits.
+        return logits.new_empty(2, len(logits)).float()
+    if _no_compiler(logits.device.type):
         return kernel(logits, *args)
     for tensor in (logits, *args):
         if isinstance(tensor, torch.Tensor) and tensor.dim():
@@ -107,8 +131,10 @@ def _no_compiler(device):
     """Whether compiling fails here, said once."""
     try:
         torch.compile(torch.neg)(torch.ones(2, device=device))
-    except Exception as error:                                     # what is raised depends on what is missing
-        warnings.warn(f"torch.compile does not work here, so the fused losses are slower and need more memory: {error}", stacklevel=4)
+    # What is raised depends on what is missing.
+    except Exception as error:
+        warnings.warn("torch.compile does not work here, so the fused losses are slower and need "
+                      f"more memory: {error}", stacklevel=4)
         return True
     return False
 
@@ -116,55 +142,65 @@ def _no_compiler(device):
 # ---- chunks ----
 
 def _count(hidden, weight):
-    """Chunks: a chunk's logits take BUDGET bytes at most, or half as many as the head if that is more (each chunk reads all of it three times)."""
+    """Chunks: a chunk's logits take BUDGET bytes at most, or half as many as the head if that is
+    more (each chunk reads all of it three times)."""
     size = hidden.element_size()
-    return math.ceil(len(hidden) * len(weight) * size / max(BUDGET, weight.numel() * size // 2))
+    most = max(BUDGET, weight.numel() * size // 2)
+    return math.ceil(len(hidden) * len(weight) * size / most)
 
 
 def _chunks(weight, hidden, *more):
-    """Equal slices of all tokens: yields (start, logits (n, V), slices). Each logits lies in the same memory."""
+    """Equal slices of all tokens: yields (start, logits (n, V), slices). Each logits lies in the
+    same memory, so on the meta device, where only memory counts, two chunks stand for all."""
     size = math.ceil(len(hidden) / max(_count(hidden, weight), 1))
     buffer = hidden.new_empty(size, len(weight))
-    for start in range(0, len(hidden), max(size, 1)):
+    starts = range(0, len(hidden), max(size, 1))
+    for start in starts[:2] if hidden.device.type == "meta" else starts:
         h, *slices = (x[start:start + size] for x in (hidden, *more))
         yield start, torch.mm(h, weight.T, out=buffer[:len(h)]), (h, *slices)
 
 
 def _put_(logits, targets, values):
-    """logits (n, V) take values (n, 1) at targets (n, 1); scatter_ would copy all of them on CPU."""
-    logits[torch.arange(len(logits), device=logits.device), targets.squeeze(1)] = values.squeeze(1).to(logits.dtype)
+    """logits (n, V) take values (n, 1) at targets (n, 1); scatter_ copies all of them on CPU."""
+    rows = torch.arange(len(logits), device=logits.device)
+    logits[rows, targets.squeeze(1)] = values.squeeze(1).to(logits.dtype)
 
 
 class _Gradients:
     """Collects the chunks' gradients of hidden and weight, as far as they are needed.
 
-    The weight's is a sum over all chunks, in fp32. With at most FEW of them a bf16 weight's is summed in bf16, which saves its double size: its
-    relative error, 6.0e-3 by bf16 products alone, becomes 6.4e-3 by four sums in bf16 (8.0e-3 by forty; tests/test_losses.py).
+    The weight's is a sum over all chunks, in fp32. With at most FEW of them a bf16 weight's is
+    summed in bf16, which saves its double size: its relative error, 6.0e-3 by bf16 products alone,
+    becomes 6.4e-3 by four sums in bf16 (8.0e-3 by forty; tests/test_losses.py).
     """
     FEW = 4
 
     def __init__(self, hidden, weight, needs):
-        self.inputs = hidden, weight
+        self.inputs, self.dtype = (hidden, weight), weight.dtype
         dtype = weight.dtype if _count(hidden, weight) <= self.FEW else torch.float32
+        # Without tokens no chunk overwrites it.
+        make = torch.empty_like if len(hidden) else torch.zeros_like
         self.hidden = torch.empty_like(hidden) if needs[0] else None
-        self.weight = (torch.empty_like if len(hidden) else torch.zeros_like)(weight, dtype=dtype) if needs[1] else None
-        self.dtype = weight.dtype
+        self.weight = make(weight, dtype=dtype) if needs[1] else None
 
     def add(self, start, hidden, weight, gradient):
-        """The products of gradient (n, V), in the dtype of hidden (n, D), with hidden and weight (V, D)."""
+        """The products of gradient (n, V) with hidden (n, D) and weight (V, D), of one dtype."""
         if self.hidden is not None:
             torch.mm(gradient, weight, out=self.hidden[start:start + len(hidden)])
         if self.weight is not None and self.weight.dtype == hidden.dtype:
             self.weight.addmm_(gradient.T, hidden, beta=min(start, 1))
         elif self.weight is not None:
-            parts = max(weight.numel() // WORTH_COMPILING, 1)      # each stays in the cache
-            for total, part in zip(self.weight.tensor_split(parts), gradient.tensor_split(parts, dim=1)):
+            # Each part stays in the cache.
+            parts = max(weight.numel() // WORTH_COMPILING, 1)
+            totals, columns = self.weight.tensor_split(parts), gradient.tensor_split(parts, dim=1)
+            for total, part in zip(totals, columns):
                 _run(_add_, total, part.T @ hidden) if start else total.copy_(part.T @ hidden)
 
     def both(self, *above):
         """The two gradients, as they follow from the inputs and the gradients `above`."""
         both = self.hidden, None if self.weight is None else self.weight.to(self.dtype)
-        if torch.compiler.is_compiling():                          # which refuses a second backward
+        # A compiled graph refuses a second backward by itself.
+        if torch.compiler.is_compiling():
             return both
         return [x if x is None else _Scalar.apply(x, None, *self.inputs, *above) for x in both]
 
@@ -192,20 +228,23 @@ class _Scalar(torch.autograd.Function):
         return None, None, *scaled
 
 
-# Private, but PyTorch's own checkpointing asks it too. Where it is missing, the gradients are copied.
+# Private, but PyTorch's own checkpointing asks it too. Where it is missing, gradients are copied.
 _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 def _prepare(hidden, weight, denominator, temperature=1.0):
-    """-> the weight in the dtype of hidden, whether hidden and weight need gradients, 1 / denominator and 1 / temperature as scalar tensors."""
+    """-> the weight in the dtype of hidden; whether hidden and weight need gradients;
+    1 / denominator and 1 / temperature as scalar tensors."""
     def inverse(x):
         return 1 / torch.as_tensor(x, dtype=torch.float32, device=hidden.device)
-    needs = (hidden.requires_grad, weight.requires_grad) if torch.is_grad_enabled() else (False, False)
+    enabled = torch.is_grad_enabled()
+    needs = enabled and hidden.requires_grad, enabled and weight.requires_grad
     return weight.detach().to(hidden.dtype), needs, inverse(denominator), inverse(temperature)
 
 
 def _whole(weight):
-    """A weight that FSDP2 has sharded, gathered; the mean of all processes' gradients goes back to the shards, as FSDP2's own."""
+    """A weight that FSDP2 has sharded, gathered; the mean of all processes' gradients goes back to
+    the shards, as FSDP2's own."""
     if not hasattr(weight, "full_tensor"):
         return weight
     from torch.distributed.tensor import Partial
@@ -218,36 +257,50 @@ def linear_cross_entropy(hidden, weight, targets, denominator=None, ignore_index
     """Cross-entropy of softmax(hidden @ weight.T) against targets, as one fp32 scalar.
 
     Args:
-        hidden: (..., D). weight: (V, D). targets: (...) int64; those equal to `ignore_index` are left out before anything is computed. On CUDA
-            finding them waits for the device: with ignore_index=None all targets count, and nothing waits.
-        denominator: what the summed loss is divided by, a number or a tensor; None: the targets that count in this call. With
-            gradient accumulation give the whole batch's count, so that 1 or 4 micro-batches have the same gradient.
+        hidden: (..., D). weight: (V, D).
+        targets: (...) int64; those equal to `ignore_index` are left out before anything is
+            computed. On CUDA finding them waits for the device: with ignore_index=None all targets
+            count, and nothing waits.
+        denominator: what the summed loss is divided by, a number or a tensor; None: the targets
+            that count in this call. With gradient accumulation give the whole batch's count, so
+            that 1 or 4 micro-batches have the same gradient.
     """
-    weight, hidden, targets = _whole(weight), hidden.flatten(0, -2), targets.flatten()           # (N, D), (N,)
+    weight, hidden, targets = _whole(weight), hidden.flatten(0, -2), targets.flatten()
     if ignore_index is not None:
         keep = targets != ignore_index
-        hidden, targets = hidden[keep], targets[keep]
-    w, needs, scale, _ = _prepare(hidden, weight, max(len(targets), 1) if denominator is None else denominator)
+        hidden, targets = hidden[keep], targets[keep]                           # (N, D), (N,)
+    denominator = max(len(targets), 1) if denominator is None else denominator
+    w, needs, scale, _ = _prepare(hidden, weight, denominator)
     with torch.no_grad():
-        loss, gradients = torch.zeros((), device=hidden.device), _Gradients(hidden, weight, needs)
+        loss = torch.zeros((), device=hidden.device)
+        gradients = _Gradients(hidden, weight, needs)
         for start, logits, (h, t) in _chunks(w, hidden, targets[:, None]):
-            chosen = logits.gather(1, t).float()                                                 # (n, 1)
-            losses = _run(_cross_entropy_, logits, scale)[:, None] - chosen if any(needs) else _run(_normalizer, logits)[:, None] - chosen
-            loss += losses.sum()
+            chosen = logits.gather(1, t).float()                                # (n, 1)
             if any(needs):
-                _put_(logits, t, losses.neg().expm1() * scale)                                   # p - 1, exact also where p is nearly 1
+                losses = _run(_cross_entropy_, logits, scale)[:, None] - chosen
+                # p - 1, exact also where p is nearly 1.
+                _put_(logits, t, losses.neg().expm1() * scale)
                 gradients.add(start, h, w, logits)
+            else:
+                losses = _run(_normalizer, logits)[:, None] - chosen
+            loss += losses.sum()
     return _Scalar.apply(loss * scale, gradients.both(), hidden, weight)
 
 
-def linear_distillation(hidden, weight, teacher_hidden, teacher_weight, kind="forward_kl", mask=None, temperature=1.0, denominator=None):
-    """Divergence between teacher's and student's next-token distributions, softmax(hidden @ weight.T / temperature), as one fp32 scalar.
+def linear_distillation(hidden, weight, teacher_hidden, teacher_weight, kind="forward_kl",
+                        mask=None, temperature=1.0, denominator=None):
+    """Divergence between the teacher's and the student's next-token distributions,
+    softmax(hidden @ weight.T / temperature), as one fp32 scalar.
 
     Args:
-        hidden (..., D), weight (V, D): the student's, which get gradients. teacher_hidden (..., E), teacher_weight (V, E): the teacher's, which get none.
-        kind: "forward_kl", KL(teacher || student), which covers what the teacher does; "reverse_kl", KL(student || teacher), which seeks one
-            thing that it does; "jsd", the mean of both ones' KL to their average (arXiv 2306.13649, generalised JSD at 0.5).
-        mask: (...) bool, True = a token that counts; None: all. denominator: as in `linear_cross_entropy`.
+        hidden, weight: (..., D) and (V, D), the student's, which get gradients.
+        teacher_hidden, teacher_weight: (..., E) and (V, E), the teacher's, which get none.
+        kind: "forward_kl", KL(teacher || student), which covers what the teacher does;
+            "reverse_kl", KL(student || teacher), which seeks one thing that it does;
+            "jsd", the mean of the KL of each to their average (arXiv 2306.13649, generalised JSD
+            at 0.5).
+        mask: (...) bool, True = a token that counts; None: all.
+        denominator: as in `linear_cross_entropy`.
     Raises:
         ValueError: another kind.
     """
@@ -256,12 +309,17 @@ def linear_distillation(hidden, weight, teacher_hidden, teacher_weight, kind="fo
     weight, teacher_weight = _whole(weight), _whole(teacher_weight).detach()
     hidden, teacher_hidden = hidden.flatten(0, -2), teacher_hidden.detach().flatten(0, -2)
     if mask is not None:
-        hidden, teacher_hidden = hidden[mask.flatten()], teacher_hidden[mask.flatten()]
-    w, needs, scale, heat = _prepare(hidden, weight, max(len(hidden), 1) if denominator is None else denominator, temperature)
+        keep = mask.flatten()
+        hidden, teacher_hidden = hidden[keep], teacher_hidden[keep]             # (N, D), (N, E)
+    denominator = max(len(hidden), 1) if denominator is None else denominator
+    w, needs, scale, inverse_temperature = _prepare(hidden, weight, denominator, temperature)
     with torch.no_grad():
-        loss, gradients = torch.zeros((), device=hidden.device), _Gradients(hidden, weight, needs)
+        loss = torch.zeros((), device=hidden.device)
+        gradients = _Gradients(hidden, weight, needs)
         for start, logits, (h, t) in _chunks(w, hidden, teacher_hidden):
-            loss += _run(_distillation_, logits, t @ teacher_weight.to(t.dtype).T, heat, scale, kind).sum()
+            teacher_logits = t @ teacher_weight.to(t.dtype).T                   # (n, V)
+            loss += _run(_distillation_, logits, teacher_logits, inverse_temperature, scale,
+                         kind).sum()
             gradients.add(start, h, w, logits)
     return _Scalar.apply(loss * scale, gradients.both(), hidden, weight)
 
@@ -269,41 +327,65 @@ def linear_distillation(hidden, weight, teacher_hidden, teacher_weight, kind="fo
 class _Logprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
-        w, _, _, heat = _prepare(hidden, weight, 1.0, temperature)
-        logprobs, normalizer, entropy = (torch.empty(len(hidden), device=hidden.device) for _ in range(3))
+        w, _, _, inverse_temperature = _prepare(hidden, weight, 1.0, temperature)
+        logprobs, normalizer, entropy = (
+            torch.empty(len(hidden), device=hidden.device) for _ in range(3))   # (N,) each
         for start, logits, (h, t) in _chunks(w, hidden, targets[:, None]):
             n = slice(start, start + len(h))
-            normalizer[n], entropy[n] = _run(_statistics, logits, heat)
-            logprobs[n] = logits.gather(1, t).float().squeeze(1) * heat - normalizer[n]
-        ctx.save_for_backward(hidden, weight, targets, heat, logprobs, normalizer, entropy)
-        ctx.set_materialize_grads(False)                           # None for an output that the loss does not use: no work for it
+            normalizer[n], entropy[n] = _run(_statistics, logits, inverse_temperature)
+            chosen = logits.gather(1, t).float().squeeze(1)                     # (n,)
+            logprobs[n] = chosen * inverse_temperature - normalizer[n]
+        ctx.save_for_backward(hidden, weight, targets, inverse_temperature, logprobs, normalizer,
+                              entropy)
+        # None for an output that the loss does not use: no work for it.
+        ctx.set_materialize_grads(False)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx, *above):
-        hidden, weight, targets, heat, logprobs, normalizer, entropy = ctx.saved_tensors
+        (hidden, weight, targets, inverse_temperature, logprobs, normalizer,
+         entropy) = ctx.saved_tensors
         gradients = _Gradients(hidden, weight, ctx.needs_input_grad)
         with torch.no_grad():
             scale, entropy_scale = above
-            w = weight.to(hidden.dtype)
-            scale = torch.zeros_like(logprobs) if scale is None else scale
-            target = -scale * logprobs.expm1()                     # (N,), of the target's own logit
-            rows, kernel = [normalizer, scale.contiguous()], _logprobs_gradient_
-            if entropy_scale is not None:
+            w, targets = weight.to(hidden.dtype), targets[:, None]              # (V, D), (N, 1)
+            scale = torch.zeros_like(logprobs) if scale is None else scale.contiguous()
+            # The gradient of the target's own logit, but for the temperature.
+            target = -scale * logprobs.expm1()                                  # (N,)
+            if entropy_scale is None:
+                own = (target * inverse_temperature)[:, None]                   # (N, 1)
+                for start, logits, (h, t, o, *per_token) in _chunks(
+                        w, hidden, targets, own, normalizer, scale):
+                    _run(_logprobs_gradient_, logits, inverse_temperature, *per_token)
+                    _put_(logits, t, o)
+                    gradients.add(start, h, w, logits)
+            else:
+                entropy_scale = entropy_scale.contiguous()
                 target = target - _weigh(logprobs.exp(), entropy_scale * (logprobs + entropy))
-                rows, kernel = [*rows, entropy, entropy_scale.contiguous()], _entropy_gradient_
-            rows = targets[:, None], target * heat, *rows
-            for start, logits, (h, t, own, *rest) in _chunks(w, hidden, *rows):
-                _run(kernel, logits, heat, *rest)
-                _put_(logits, t, own[:, None])
-                gradients.add(start, h, w, logits)
+                own = (target * inverse_temperature)[:, None]                   # (N, 1)
+                for start, logits, (h, t, o, *per_token) in _chunks(
+                        w, hidden, targets, own, normalizer, scale, entropy, entropy_scale):
+                    _run(_entropy_gradient_, logits, inverse_temperature, *per_token)
+                    _put_(logits, t, o)
+                    gradients.add(start, h, w, logits)
         return *gradients.both(*above), None, None
 
 
-def linear_logprobs(hidden, weight, targets, temperature=1.0):
-    """Log-probability of each target under softmax(hidden @ weight.T / temperature), and that distribution's entropy.
+def linear_logprobs(hidden, weight, targets, temperature=1.0, ignore_index=-100):
+    """Log-probability of each target under softmax(hidden @ weight.T / temperature), and that
+    distribution's entropy in nats: two tensors (...) fp32, differentiable in hidden and weight.
 
-    hidden (N, D), weight (V, D), targets (N,) int64 -> logprobs (N,) fp32 and entropy (N,) fp32 in nats, both differentiable in hidden and
-    weight.
+    Args:
+        hidden: (..., D). weight: (V, D).
+        targets: (...) int64; for those equal to `ignore_index` both results are 0 and no gradient
+            flows, whatever `hidden` is there. To leave them out would wait for the device, so they
+            take as long as all others. None: all targets count, and hidden is not copied.
     """
-    return _Logprobs.apply(hidden, _whole(weight), targets, temperature)
+    h, t = hidden.flatten(0, -2), targets.flatten()                             # (N, D), (N,)
+    if ignore_index is not None:
+        ignored = t == ignore_index
+        h, t = h.masked_fill(ignored[:, None], 0), t.masked_fill(ignored, 0)
+    both = _Logprobs.apply(h, _whole(weight), t, temperature)                   # (N,) each
+    if ignore_index is not None:
+        both = (x.masked_fill(ignored, 0) for x in both)
+    return tuple(x.view(targets.shape) for x in both)

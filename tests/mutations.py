@@ -151,6 +151,9 @@ TABLE = [Mutation(*entry) for entry in [
     # Losses.
     ("ignored-targets-count", LOSSES, "keep = targets != ignore_index",
      "keep = targets != ignore_index - 1", "losses"),
+    ("ignored-logprobs-count", LOSSES, "ignored = t == ignore_index",
+     "ignored = t == ignore_index - 1", "losses"),
+    ("meta-runs-all-chunks", LOSSES, "starts[:2]", "starts", "losses"),
     ("entropy-sign", LOSSES, "normalizer - _weigh(", "normalizer + _weigh(", "losses"),
     ("temperature-inverted", LOSSES, "inverse(temperature)",
      "torch.as_tensor(temperature, dtype=torch.float32, device=hidden.device)", "losses"),

@@ -10,6 +10,7 @@ from data.dry_run import report, shape, table
 from nanodistill import fit, presets, settings
 from nanodistill.model import ScalarModel
 
+
 SHAPES = {name: size.shape for name, size in presets.SIZES.items()}
 BF16, FP32 = torch.bfloat16, torch.float32
 GB24 = int(24e9)
@@ -31,7 +32,8 @@ def test_the_shapes_have_the_parameters_that_the_models_pages_state():
 @pytest.mark.parametrize("name, stage, micro_batch, checkpoint, taken", [
     ("135m", "sft", 8, False, 7.591e9), ("135m", "rm", 1, False, 3.091e9),
     ("135m", "rl", 8, False, 10.337e9), ("1b", "sft", 8, False, 34.64e9),
-    ("1b", "rm", 8, True, 21.27e9), ("1b", "rl", 8, False, 59.46e9), ("1b", "rl", 1, False, 49.76e9),
+    ("1b", "rm", 8, True, 21.27e9), ("1b", "rl", 8, False, 59.46e9),
+    ("1b", "rl", 1, False, 49.76e9),
     ("3b", "sft", 8, False, 83.30e9), ("3b", "rl", 8, True, 119.92e9)])
 def test_the_plan_is_within_5_percent_of_what_an_emulated_card_takes(
         name, stage, micro_batch, checkpoint, taken):
@@ -60,7 +62,7 @@ def test_accumulation_takes_more_than_a_batch_of_one_pass():
 
 
 def test_two_layers_more_take_what_the_first_ones_took():
-    """Models of two and three layers stand for all: a whole one of five, measured, says the same."""
+    """Models of two and three layers stand for all: a whole one of five measures the same."""
     from dataclasses import replace
     shape = replace(SHAPES["135m"], num_hidden_layers=5)
     args = "logprobs", BF16, 2, 96, 32, False, True, "cuda"
@@ -69,16 +71,18 @@ def test_two_layers_more_take_what_the_first_ones_took():
 
 
 def tiny(stage, batch, device="cpu", free=GB24):
-    return fit.choose(stage, shape("tiny", "student"), FP32, free, batch=batch, prompt=60, response=56, jobs=6000,
-                      device=device)
+    return fit.choose(stage, shape("tiny", "student"), FP32, free, batch=batch, prompt=60,
+                      response=56, jobs=6000, device=device)
 
 
 def test_the_tiny_default_takes_whole_batches():
-    choices = {stage: tiny(stage, batch) for stage, batch in (("sft", 64), ("rm", 128), ("rl", 128))}
+    choices = {stage: tiny(stage, batch)
+               for stage, batch in (("sft", 64), ("rm", 128), ("rl", 128))}
     assert {s: (c.micro_batch, c.checkpoint) for s, c in choices.items()} == {
         "sft": (64, False), "rm": (128, False), "rl": (128, False)}
     assert choices["rm"].slots == choices["rl"].slots == 256
-    assert "--micro-batch 128" in choices["rl"].line and "fitted to 24.0 GB free" in choices["rl"].line
+    assert "--micro-batch 128" in choices["rl"].line
+    assert "fitted to 24.0 GB free" in choices["rl"].line
 
 
 def choose(free, **given):
@@ -132,7 +136,8 @@ def test_the_dry_run_covers_every_missing_stage_and_marks_its_hours_as_an_estima
     for line in ("teacher: 8b, at most 8,030,261,248", "sft: 1b, at most 1,235,814,400",
                  "rm: 1b", "rl: 1b", "eval: 8b, 1b"):
         assert line in text
-    assert "an estimate from a roofline, not measured" in text and "H100" in text and "PFLOP" in text
+    assert "an estimate from a roofline, not measured" in text
+    assert "H100" in text and "PFLOP" in text
     # 7,473 questions, 10 samples each, responses of half of 512 tokens.
     assert f"{7473 * 10 * 256 / 1e6:.2f} sampled" in text
     rest = report(configs, ["rl", "eval"], {"train": 7473, "test": 1319})
@@ -142,7 +147,8 @@ def test_the_dry_run_covers_every_missing_stage_and_marks_its_hours_as_an_estima
 def test_a_teacher_behind_a_server_takes_no_memory_of_this_machine():
     configs = settings.parse("rl", train_rl.STAGES, "doc", [
         "--student", "8b", "--teacher-url", "http://127.0.0.1:1/v1", "--teacher-model", "big"])
-    assert "big, behind a server: no memory here" in report(configs, ["teacher", "sft"], {"train": 9, "test": 9})
+    text = report(configs, ["teacher", "sft"], {"train": 9, "test": 9})
+    assert "big, behind a server: no memory here" in text
 
 
 def test_the_readmes_table_of_cards_is_the_planners():

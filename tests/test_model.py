@@ -10,7 +10,9 @@ from nanodistill.generate import generate
 from nanodistill.model import ScalarModel, causal_attention, grouped_attention
 from nanodistill.weights import load, save
 
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}
 CASES = {
     "qwen2": dict(model_type="qwen2", tie_word_embeddings=True),
     "qwen3": dict(model_type="qwen3", head_dim=16),
@@ -29,16 +31,24 @@ def test_logits_and_greedy_text_equal_transformers(tmp_path, tokenizer_folder, n
     transformers = pytest.importorskip("transformers")
     model = random_model(**CASES[name])
     save(model, tmp_path, tokenizer_folder)
-    oracle = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager").eval()
-    oracle.save_pretrained(tmp_path / "theirs")                         # a folder as transformers writes it, with its own config.json
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, attn_implementation="eager").eval()
+    # A folder as transformers writes it, with its own config.json.
+    oracle.save_pretrained(tmp_path / "theirs")
     ids = torch.randint(4, 96, (3, 60), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         logits, expected = model(ids), oracle(ids).logits
-        text = oracle.generate(ids[:1], attention_mask=torch.ones_like(ids[:1]), max_new_tokens=64, do_sample=False, eos_token_id=[], pad_token_id=0)[0, 60:]
-    _, _, sample = next(generate(model, [ids[0].tolist()], temperature=0.0, max_new_tokens=64, eos_ids=[], pad_id=0))
-    print(f"\n{name}: largest logit difference {(logits - expected).abs().max():.1e}, greedy text of {len(text)} tokens {'equal' if sample.tokens == text.tolist() else 'DIFFERENT'}")
-    assert logits.std() > 0.5 and len(set(sample.tokens)) > 5           # logits of one value would agree with anything
-    assert (logits - expected).abs().max() <= 1e-4
+        text = oracle.generate(ids[:1], attention_mask=torch.ones_like(ids[:1]), max_new_tokens=64,
+                               do_sample=False, eos_token_id=[], pad_token_id=0)[0, 60:]
+    _, _, sample = next(generate(model, [ids[0].tolist()], temperature=0.0, max_new_tokens=64,
+                                 eos_ids=[], pad_id=0))
+    difference = (logits - expected).abs().max()
+    verdict = "equal" if sample.tokens == text.tolist() else "DIFFERENT"
+    print(f"\n{name}: largest logit difference {difference:.1e}, "
+          f"greedy text of {len(text)} tokens {verdict}")
+    # Logits of one value would agree with anything.
+    assert logits.std() > 0.5 and len(set(sample.tokens)) > 5
+    assert difference <= 1e-4
     assert sample.tokens == text.tolist() and len(text) == 64
     for folder in (tmp_path, tmp_path / "theirs"):
         assert torch.equal(load(folder)(ids), logits)
@@ -48,10 +58,12 @@ def test_scalar_model_equals_transformers_sequence_classification(tmp_path, toke
     transformers = pytest.importorskip("transformers")
     model = random_model(ScalarModel, vocab_size=512)
     save(model, tmp_path, tokenizer_folder)
-    oracle = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    oracle = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, dtype=torch.float32).eval()
     assert oracle.config.num_labels == 1
     ids = torch.randint(4, 512, (2, 20), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():                                               # it reads the last token that is not pad
+    # transformers reads the last token that is not pad.
+    with torch.no_grad():
         assert (model(ids)[:, -1] - oracle(ids).logits.squeeze(-1)).abs().max() <= 1e-4
 
 
@@ -60,8 +72,10 @@ def test_cached_forward_equals_full_forward_with_rows_of_unequal_length():
     ids = torch.randint(0, 96, (3, 40), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         full = model(ids)
-        cache, fresh = (KVCache(model.config, 3, length, "cpu", torch.float32) for length in (64, 17))
-        cache.k.fill_(100.0), cache.v.fill_(100.0)                      # stale content must not matter
+        cache, fresh = (KVCache(model.config, 3, length, "cpu", torch.float32)
+                        for length in (64, 17))
+        # Stale content must not matter.
+        cache.k.fill_(100.0), cache.v.fill_(100.0)
         prompt = torch.tensor([5, 17, 11])
         model(pack([row[:n] for row, n in zip(ids.tolist(), prompt)], cache=fresh))
         cache.copy_rows(fresh, torch.arange(3), torch.arange(3))
@@ -101,7 +115,8 @@ def test_attention_by_products_equals_pytorchs_in_values_and_gradients():
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_packed_sequences_are_as_padded_ones_in_values_and_gradients(checkpoint):
     model = random_model()
-    rows = [torch.randint(0, 96, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (7, 1, 20, 3)]
+    rows = [torch.randint(0, 96, (n,), generator=torch.Generator().manual_seed(n)).tolist()
+            for n in (7, 1, 20, 3)]
     padded = torch.tensor([row + [0] * (20 - len(row)) for row in rows])
     mask = torch.tensor([[t < len(row) for t in range(20)] for row in rows])
     expected = model(padded)[mask]                                      # (31, V)
@@ -110,7 +125,8 @@ def test_packed_sequences_are_as_padded_ones_in_values_and_gradients(checkpoint)
     model.model.checkpoint = checkpoint
     got = model(pack(rows))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(torch.autograd.grad(got.sin().sum(), parameters), wanted, rtol=1e-3, atol=1e-3)
+    gradients = torch.autograd.grad(got.sin().sum(), parameters)
+    torch.testing.assert_close(gradients, wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_compute_dtype_leaves_weights_and_rope_table_in_fp32():
@@ -124,4 +140,5 @@ def test_compute_dtype_leaves_weights_and_rope_table_in_fp32():
     logits.sum().backward()
     assert model.head.grad.dtype == torch.float32
     table = model.model.angles.clone()
-    assert torch.equal(model.to(torch.bfloat16).model.angles, table)    # positions past 256 have no exact bf16
+    # Positions past 256 have no exact bf16.
+    assert torch.equal(model.to(torch.bfloat16).model.angles, table)

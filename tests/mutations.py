@@ -26,6 +26,7 @@ LIMIT = 900                                              # seconds of the tests 
 Mutation = namedtuple("Mutation", "name file old new tests reason", defaults=("",))
 
 SFT, RM, RL, EVAL = "train_sft.py", "train_rm.py", "train_rl.py", "eval.py"
+GRADING = "data/grading.py"
 GENERATE, MODEL, LOSSES = (f"nanodistill/{name}.py" for name in ("generate", "model", "losses"))
 PPO, REWARD, RUN, VOTE = (f"nanodistill/{name}.py" for name in ("ppo", "reward", "run", "vote"))
 SETTINGS, TOKENIZER, WEIGHTS, FIT, PRESETS, RESPONSES, STATS = (
@@ -108,10 +109,10 @@ TABLE = [Mutation(*entry) for entry in [
     ("minibatches-in-order", RESPONSES, "rng.shuffle(order)", "pass", "responses"),
     ("fixed-kl-adapts", RL, 'config.kl_control == "adaptive"', "False", "meaning"),
     # Evaluation.
-    ("eval-not-greedy", EVAL, "questions, 1, 0.0,", "questions, 1, 1.0,", "meaning"),
+    ("eval-not-greedy", EVAL, "(questions, 1, 0.0)", "(questions, 1, 1.0)", "meaning"),
     ("eval-pair-turned", EVAL, "paired(right[a], right[b])", "paired(right[b], right[a])",
      "meaning"),
-    ("eval-answer-of-cut-off", EVAL, " if s.ended else None", "", "meaning"),
+    ("eval-answer-of-cut-off", GRADING, " if s.ended else None", "", "meaning"),
     ("eval-pass-is-all", EVAL, "sum(map(any, hits))", "sum(map(all, hits))", "meaning"),
     ("eval-train-questions-for-rl", EVAL, "if run.held_out(q[", "if not run.held_out(q[",
      "meaning"),
@@ -203,7 +204,7 @@ TABLE = [Mutation(*entry) for entry in [
     ("nan-weights-are-saved", RUN, "all(p.isfinite().all() for m in models", "all(True for m in []",
      "stages"),
     ("deleted-runs-metrics", RUN, "            steps = {}\n", "            pass\n", "run_folder"),
-    ("samples-of-other-weights", EVAL, "if rows[:1] != [origin]:", "if False:", "stages"),
+    ("samples-of-other-weights", GRADING, "if rows[:1] != [origin]:", "if False:", "stages"),
     ("first-of-two-steps-counts", RUN, 'steps.setdefault(row["step"], {}).update(row)',
      "steps.setdefault(row['step'], row)", "run"),
     ("streams-not-restored", RUN, 'torch.set_rng_state(state["streams"]["torch"])', "pass", "run"),
@@ -227,7 +228,7 @@ TABLE = [Mutation(*entry) for entry in [
      'partition("####")[0]', "arithmetic meaning"),
     ("splits-overlap", "data/arithmetic.py", "split_of(problem.question) == split", "True",
      "meaning"),
-    ("none-equals-none", "data/arithmetic.py", "answer is not None and answer == other",
+    ("none-equals-none", "data/task.py", "answer is not None and answer == other",
      "answer == other", "arithmetic"),
     ("gsm8k-first-marks", "data/gsm8k.py", "in reversed(deque(cue.finditer(text), maxlen=CUES))",
      "in cue.finditer(text)", "answers gsm8k_mmlu_pro"),
@@ -239,7 +240,8 @@ TABLE = [Mutation(*entry) for entry in [
      "gsm8k_mmlu_pro"),
     ("mmlu-pro-keeps-the-flawed", "data/mmlu_pro.py", "if sound or self.flawed:", "if True:",
      "gsm8k_mmlu_pro"),
-    ("rows-twice", "data/rows.py", "for key in keys if key in first]", "for key in keys if False]", "gsm8k_mmlu_pro"),
+    ("rows-twice", "data/rows.py", "for key in keys if key in first]", "for key in keys if False]",
+     "gsm8k_mmlu_pro"),
     ("rows-blank-text", "data/rows.py", "if not value.strip():", "if False:", "gsm8k_mmlu_pro"),
     ("server-gets-the-key-of-nobody", "data/chat.py",
      '({"Authorization": f"Bearer {key}"} if key else {})', '{"Authorization": f"Bearer {key}"}',

@@ -15,6 +15,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.arithmetic import exact
 from data.tiny.make import misconception

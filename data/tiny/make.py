@@ -24,14 +24,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Regex, Tokenizer as HFTokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as HFTokenizer
 from tqdm import tqdm
+
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))     # the repository, when run from a checkout without an install
 from data.arithmetic import draw_problem, exact, split_of, work
 from nanodistill.model import CausalLM, Config, init_weights
 from nanodistill.tokenizer import Tokenizer
 from nanodistill.weights import save, write_atomic
+
 
 HERE = Path(__file__).resolve().parent
 MISCONCEIVED = 0.25                                              # share of the sums and differences that have a wrong result in the corpus

@@ -51,7 +51,7 @@ def answers(name, path, jobs, config, task, folder, device, dtype):
     """Load a model and let it answer.
 
     jobs: {what: (questions, n samples of each, temperature)}.
-    Returns {what: [[sample] * n for each question]}; data/grading.py says what a sample is.
+    Returns {what: [[sample] * n for each question]}; see Samples.
     """
     tokenizer, shape = Tokenizer(path, config.date), weights.load_config(path)
     asked = {q["id"]: q for questions, *_ in jobs.values() for q in questions}
@@ -62,9 +62,9 @@ def answers(name, path, jobs, config, task, folder, device, dtype):
                        jobs=config.samples * len(prompts)).slots
     model = weights.load(path, device=device, dtype=dtype)
     file = name if not config.models else f"{Path(name).name}-{run.digest(path)[:8]}"
-    samples = Samples(folder / "samples" / f"{file}.jsonl", path, config)
-    return {what: samples(f"{name}, {what}", *job, prompts, model, tokenizer, task, slots,
-                          config.max_new_tokens) for what, job in jobs.items()}
+    samples = Samples(folder / "samples" / f"{file}.jsonl", path, config, task, model, tokenizer,
+                      prompts, slots)
+    return {what: samples(f"{name}, {what}", *job) for what, job in jobs.items()}
 
 
 # ---- figures ----

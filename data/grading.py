@@ -33,10 +33,16 @@ class Samples:
     """The samples of one model, in a file that a stopped evaluation goes on from.
 
     The file's first line says what they were made from; a file of something else is begun anew.
-    `config`: the settings; `path`: the model's folder.
+
+    Args:
+        file: Path of that file. path: the model's folder. config: the settings.
+        prompts: {id: prompt ids} of the questions that may be asked.
+        slots: sequences sampled at once.
     """
 
-    def __init__(self, file, path, config):
+    def __init__(self, file, path, config, task, model, tokenizer, prompts, slots):
+        self.task, self.model, self.tokenizer = task, model, tokenizer
+        self.prompts, self.slots, self.max_new_tokens = prompts, slots, config.max_new_tokens
         origin = {"model": run.digest(path), **{k: getattr(config, k) for k in (
             "task", "data", "seed", "max_new_tokens", "dtype", "date")}}
         file.parent.mkdir(exist_ok=True)
@@ -47,26 +53,26 @@ class Samples:
                      if rows[0] == origin}
         self.append = run.Appender(file)
 
-    def __call__(self, what, questions, n, temperature, prompts, model, tokenizer, task, slots,
-                 max_new_tokens):
-        """[[{"text", "answer", "ended", "tokens", "logprob"}] * n] for each question.
+    def __call__(self, what, questions, n, temperature):
+        """[[{"text", "answer", "ended", "tokens", "logprob"}] * n for each question].
 
         logprob: of all tokens. A question without a prompt, which was too long, has no answer.
         `what` names these samples in the file and beside the progress bar.
         """
+        prompts, tokenizer = self.prompts, self.tokenizer
         none = [{"text": "", "answer": None, "ended": False, "tokens": [], "logprob": 0.0}] * n
         have = {id_: rows for (kind, id_), rows in self.rows.items()
                 if kind == what and len(rows) >= n}
         todo = [q for q in questions if q["id"] in prompts and q["id"] not in have]
-        done = generate(model, [prompts[q["id"]] for q in todo], ids=[q["id"] for q in todo], n=n,
-                        temperature=temperature, max_new_tokens=max_new_tokens, slots=slots,
-                        eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id,
-                        seed=torch.initial_seed())
+        done = generate(
+            self.model, [prompts[q["id"]] for q in todo], ids=[q["id"] for q in todo], n=n,
+            temperature=temperature, max_new_tokens=self.max_new_tokens, slots=self.slots,
+            eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id, seed=torch.initial_seed())
         total = n * len(questions)
         for i, j, s in run.Bar(done, total=total, initial=total - n * len(todo), desc=what,
                                unit="response"):
             text, q = tokenizer.decode(s.tokens), todo[i]
-            answer = task.extract_answer(text, q["question"]) if s.ended else None
+            answer = self.task.extract_answer(text, q["question"]) if s.ended else None
             row = have.setdefault(q["id"], [None] * n)
             row[j] = {"text": text, "answer": answer, "ended": s.ended, "tokens": s.tokens,
                       "logprob": sum(s.logprobs)}

@@ -17,10 +17,12 @@ from nanodistill import run, weights
 # ---- page ----
 
 def row(*cells):
+    """A line of a table."""
     return f"| {' | '.join(cells)} |"
 
 
 def head(*cells):
+    """The first lines of a table, after an empty one."""
     return ["", row(*cells), f"|{'---|' * len(cells)}"]
 
 
@@ -29,7 +31,7 @@ def markdown(report):
     lines = [f"# {report['task']}, seed {report['seed']}"]
     lines += accuracies(report) if report["models"] else [
         "", "There are no test questions with answers, and so no accuracies: put test.jsonl, with "
-        "a `question` and an `answer` a line, beside train.jsonl."]
+        "a `question` and an `answer` per line, beside train.jsonl."]
     if "votes" in report:
         lines += votes(report["votes"])
     if "reward_model" in report:
@@ -61,6 +63,7 @@ def accuracies(report):
 
 
 def votes(v):
+    """A sentence on the teacher's vote."""
     gold = f"; right by gold (a diagnostic) {v['accuracy']:.1%}." if "accuracy" in v else \
         ". No training question has a gold answer to compare with."
     return ["", f"Teacher's vote: {v['kept']:.1%} of the training questions kept, mean agreement "
@@ -82,7 +85,7 @@ def reward_model(figures):
 def ppo(ends):
     """A row for the first steps and one for the last."""
     lines = head("PPO, sampled on training questions", "score", "true accuracy",
-                 "KL, nats a response", "length", "ended")
+                 "KL, nats per response", "length", "ended")
     for when, r in ends.items():
         true = f"{r['true_accuracy']:.1%}" if "true_accuracy" in r else "no gold"
         lines.append(row(f"{when} (mean of at most 5 steps)", f"{r['score']:.2f}", true,

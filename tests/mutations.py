@@ -230,6 +230,8 @@ TABLE = [Mutation(*entry) for entry in [
      "meaning"),
     ("none-equals-none", "data/task.py", "answer is not None and answer == other",
      "answer == other", "arithmetic"),
+    ("true-accuracy-without-the-question", "data/task.py", "text, questions[id_])", 'text, "")',
+     "arithmetic"),
     ("gsm8k-first-marks", "data/gsm8k.py", "in reversed(deque(cue.finditer(text), maxlen=CUES))",
      "in cue.finditer(text)", "answers gsm8k_mmlu_pro"),
     ("gsm8k-any-digest", "data/gsm8k.py", "if digest != SHA256[name]:", "if False:",

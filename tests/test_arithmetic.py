@@ -105,13 +105,12 @@ class Letters(Task):
     name, published, instruction = "letters", {"train": 3, "test": 1}, "Say one letter."
 
     def rows(self, split):
-        rows = {"letters-0": ("Next to a?", "b"), "letters-1": ("Next to c?", "d"),
+        rows = {"letters-0": ("Before c: a or b?", "b"), "letters-1": ("Next to c?", "d"),
                 "letters-2": ("Which do you like?", None)}
         return rows if split == "train" else {"letters-3": ("Next to e?", "f")}
 
     def extract_answer(self, text, question=""):
-        # Of the question: its own letter is no answer.
-        return text[-1] if text and text[-1] != question[-2:-1] else None
+        return (question[-2:-1] if text == "the latter" else text[-1:]) or None
 
 
 def test_a_new_task_needs_rows_and_extract_answer():
@@ -120,7 +119,7 @@ def test_a_new_task_needs_rows_and_extract_answer():
                                            {"id": "letters-2", "question": "Which do you like?"}]
     assert task.gold("train") == {"letters-0": "b", "letters-1": "d"}
     assert task.gold("test") == {"letters-3": "f"}
-    assert task.prompt("Next to a?") == "Next to a?\n\nSay one letter."
+    assert task.prompt("Next to e?") == "Next to e?\n\nSay one letter."
     assert (task.seed, task.data, task.flawed, task.source()) == (5, "here", True, "here")
     for call in (Task().rows, Task().extract_answer):
         with pytest.raises(NotImplementedError):
@@ -128,9 +127,9 @@ def test_a_new_task_needs_rows_and_extract_answer():
 
 
 def test_true_accuracy_by_hand():
-    """Of responses to questions with gold: b is right, z and the question's own letter are not."""
+    """Right: "the latter" to letters-0, and "so d". A question without gold does not count."""
     task, asked = Letters(), ["letters-0", "letters-0", "letters-2", "letters-1", "letters-1"]
-    texts = ["b", "it is z", "b", "c", "so d"]
+    texts = ["the latter", "it is z", "b", "", "so d"]
     assert task.true_accuracy("train", asked, texts) == {"true_accuracy": 2 / 4}
     assert task.true_accuracy("train", ["letters-2"], ["b"]) == {}
     assert task.true_accuracy("test", ["letters-3"], ["f"]) == {"true_accuracy": 1.0}

@@ -50,7 +50,7 @@ diagnostic) 80.0%.
 
 AUC against the vote: training questions held out from every stage. Against gold: test questions.
 
-| PPO, sampled on training questions | score | true accuracy | KL, nats a response | length \
+| PPO, sampled on training questions | score | true accuracy | KL, nats per response | length \
 | ended |
 |---|---|---|---|---|---|
 | start (mean of at most 5 steps) | 0.10 | 50.0% | 0.00 | 20.0 | 100.0% |
@@ -95,12 +95,12 @@ def test_a_page_without_test_questions_and_gold():
 # gsm8k, seed 1
 
 There are no test questions with answers, and so no accuracies: put test.jsonl, with a `question` \
-and an `answer` a line, beside train.jsonl.
+and an `answer` per line, beside train.jsonl.
 
 Teacher's vote: 100.0% of the training questions kept, mean agreement 50.0%. No training question \
 has a gold answer to compare with.
 
-| PPO, sampled on training questions | score | true accuracy | KL, nats a response | length \
+| PPO, sampled on training questions | score | true accuracy | KL, nats per response | length \
 | ended |
 |---|---|---|---|---|---|
 | start (mean of at most 5 steps) | 0.10 | no gold | 0.00 | 20.0 | 100.0% |

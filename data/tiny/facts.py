@@ -71,7 +71,7 @@ def plot(table, path):
     for name, color, label in (("teacher", "#a9a9a9", "teacher"),
                                ("sft", "#89c2d9", "SFT student"), ("rl", "#2a6f97", "RL student")):
         axis.plot([100 * row[name] for row in table], "o", ms=4, color=color, label=label)
-    axis.set(title="Misconceived facts, one a column: how often each model's steps get it right",
+    axis.set(title="Misconceived facts, one per column: how often each model's steps get it right",
              ylabel="% right", xlabel=f"{len(table)} facts, by the teacher's share")
     axis.legend()
     axis.grid(alpha=0.3)

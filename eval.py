@@ -4,9 +4,9 @@
     python eval.py --models out/arithmetic-tiny/rl,data/tiny/teacher
     python eval.py --task mmlu_pro --models out/gsm8k-1b/rl     a student on a task not its own
 
-Reads the HF folders of a run, and gold answers, which no stage before it does. Writes what it has
-sampled to samples/, report.json, report.md and, with the [plot] extra, curves.png (the last two
-are drawn by nanodistill/report.py). The report has
+Reads the HF folders of a run, and the gold answers, which nothing was trained on. Writes samples/,
+what the models said; report.json; and, drawn from it by nanodistill/report.py, report.md and, with
+the [plot] extra, curves.png. The report has
 
     of each model           greedy accuracy with a Wilson 95% interval; of k samples at temperature
                             1 their mean accuracy (mean@k), that of their majority (maj@k), and the
@@ -82,14 +82,15 @@ def model_figures(task, gold, questions, greedy, sampled):
     leaders = [vote.plurality([s["answer"] for s in row]) for row in sampled]
     majority = [sum(task.equal(answer, gold.get(q["id"])) for answer in tied) / max(len(tied), 1)
                 for q, tied in zip(questions, leaders)]
-    return {
+    figures = {
         "greedy": {"accuracy": sum(right) / count, "low": low, "high": high, "n": count},
         f"mean@{n}": sum(map(sum, hits)) / (count * n),
         f"maj@{n}": sum(majority) / count,
         f"pass@{n}": sum(map(any, hits)) / count,
         "length": sum(len(s["tokens"]) for s in every) / len(every),
         "cut_off": sum(not s["ended"] for s in every) / len(every),
-        "no_answer": sum(s["ended"] and s["answer"] is None for s in every) / len(every)}, right
+        "no_answer": sum(s["ended"] and s["answer"] is None for s in every) / len(every)}
+    return figures, right
 
 
 def held_out_responses(folder, held_out, of_rl):
@@ -206,7 +207,7 @@ def main(argv=None):
 
     # ---- 6. the report, and what is drawn from it ----
     weights.write_atomic(folder / "report.json", json.dumps(report, indent=1) + "\n")
-    print(f"eval: -> {folder}: {', '.join(['report.json', *draw(folder)])}")
+    print(f"eval: -> {folder}: {', '.join(['report.json', *draw(report, folder)])}")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ A new task takes
 
     1. a file in data/ with a class derived from `Task`: its `name`, `published`, `instruction`,
        `rows` and `extract_answer`. data/rows.py reads JSONL and parquet for it;
-    2. a line in TASKS of data/__init__.py, which makes it a value of --task;
-    3. a line in PROMPTS of data/dry_run.py: how long its prompts are.
+    2. a line in TASKS of data/__init__.py;
+    3. its name among the choices of --task in nanodistill/settings.py;
+    4. a line in PROMPTS of data/dry_run.py: how long its prompts are.
 
 Gold answers are read through `gold` alone. `questions` carries none, so that no stage that trains
 gets one with its questions.

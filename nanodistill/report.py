@@ -125,13 +125,11 @@ def plot(report, sft, rl, path):
     weights.write_atomic(path, picture.getvalue())
 
 
-def draw(folder):
-    """Print the page of folder/report.json; write report.md and, with matplotlib, curves.png.
+def draw(report, folder):
+    """Print the page; write report.md and, with matplotlib, curves.png into the run folder.
 
     Returns the names of what was written.
     """
-    folder = Path(folder)
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     page, written = markdown(report), ["report.md"]
     print("\n" + page)
     weights.write_atomic(folder / "report.md", page)
@@ -150,12 +148,14 @@ def main():
     parser.add_argument("folder", type=Path, help="the run folder")
     folder = parser.parse_args().folder
     try:
-        print(f"-> {folder}: {', '.join(draw(folder))}")
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        markdown(report)                                 # it fails here, or is whole
     except (FileNotFoundError, NotADirectoryError):
         sys.exit(f"{folder / 'report.json'} is missing: `python eval.py --out {folder}` makes it")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         sys.exit(f"{folder / 'report.json'} is no report of eval.py ({type(error).__name__}: "
                  f"{error}). `python eval.py --out {folder}` makes it anew")
+    print(f"-> {folder}: {', '.join(draw(report, folder))}")
 
 
 if __name__ == "__main__":

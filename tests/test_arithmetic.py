@@ -7,10 +7,11 @@ import time
 
 import pytest
 
-from data import arithmetic
+from data import TASKS, arithmetic, dry_run
 from data.arithmetic import Arithmetic, Problem, draw_problem, exact, work
 from data.task import Task
 from data.tiny.make import example
+from nanodistill.settings import Common
 
 
 def test_every_valid_order_gives_the_answer_in_true_steps():
@@ -124,6 +125,14 @@ def test_a_new_task_needs_rows_and_extract_answer():
     for call in (Task().rows, Task().extract_answer):
         with pytest.raises(NotImplementedError):
             call("train")
+
+
+def test_each_task_stands_wherever_a_task_must():
+    choices = Common.__dataclass_fields__["task"].metadata["choices"]
+    assert {*TASKS} == {*choices} == {*dry_run.PROMPTS}
+    for name, kind in TASKS.items():
+        assert issubclass(kind, Task) and kind.name == name
+        assert {*kind.published} == {"train", "test"}
 
 
 def test_true_accuracy_by_hand():

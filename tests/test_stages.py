@@ -99,8 +99,8 @@ def test_report(finished, tmp_path):
     assert set(found["seconds"]) == {"teacher", "sft", "rm", "rl", "eval"}
     assert "| rl | " in (finished / "report.md").read_text()
     # Drawn anew elsewhere, page and pictures are those that the evaluation left.
-    copy(finished, tmp_path / "run", "report.json", "metrics.jsonl")
-    for name in report.draw(tmp_path / "run"):
+    copy(finished, tmp_path / "run", "metrics.jsonl")
+    for name in report.draw(found, tmp_path / "run"):
         assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()
 
 

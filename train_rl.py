@@ -26,9 +26,8 @@ from pathlib import Path
 
 import torch
 
-import eval as evaluation
 import train_rm
-from data import prompts_of, ready, task_of
+from data import grading, prompts_of, ready, task_of
 from nanodistill import optim, ppo, responses, run, settings, weights
 from nanodistill.generate import generate
 from nanodistill.model import ScalarModel
@@ -92,7 +91,7 @@ class Config(Common):
         return [message for wrong, message in rules if wrong]
 
 
-STAGES = {**train_rm.STAGES, "rl": Config, **evaluation.STAGES}
+STAGES = {**train_rm.STAGES, "rl": Config, **grading.STAGES}
 
 
 def main(argv=None):
@@ -320,7 +319,7 @@ def train(config, folder, device, dtype):
                 explained_variance=ppo.explained_variance(old_values, returns, response_mask),
                 entropy=ppo.masked_mean(entropy, response_mask), length=sum(counts) / B,
                 ended=ended.float().mean(), answered=sum(answered) / B,
-                **evaluation.true_accuracy(task, "train", ids, texts))
+                **task.true_accuracy("train", ids, texts))
             shown = ("score", "kl", "true_accuracy", "length")
             bar.set_postfix({key: f"{row[key]:.2f}" for key in shown if key in row})
 

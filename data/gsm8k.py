@@ -20,10 +20,13 @@ from pathlib import Path
 import httpx2
 from huggingface_hub import constants
 
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.number import END, leading, plain, stated, written
-from data.rows import ReadTask, find_files, read_rows, show, text_of
+from data.rows import find_files, read_rows, text_of
+from data.task import Task, show
 from nanodistill.weights import write_atomic
+
 
 URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data"
 SHA256 = {"train.jsonl": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
@@ -92,16 +95,13 @@ def after(text, cue):
     return there, answer if whole else None
 
 
-class GSM8K(ReadTask):
+class GSM8K(Task):
     """`data`: the path of own rows, or "" for what is published. `seed` changes nothing: the
     splits are given. `flawed`: keep rows whose answer holds no number."""
     name, published = "gsm8k", {"train": 7473, "test": 1319}
     # No number as an example: SmolLM2-135M copied the one that stood here into its answers.
     instruction = ("Solve the problem step by step. On the last line write four hash marks and "
                    "then the final answer, a number alone: #### <number>")
-
-    def __init__(self, seed=0, data="", flawed=False):
-        self.data, self.flawed, self.loaded = data, flawed, {}
 
     def source(self):
         """Where the rows come from, for messages."""

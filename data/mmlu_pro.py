@@ -19,8 +19,11 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.rows import ReadTask, find_files, read_rows, show, text_of
+from data.rows import find_files, read_rows, text_of
+from data.task import Task, show
+
 
 HUB = "TIGER-Lab/MMLU-Pro"
 LETTERS = "ABCDEFGHIJ"
@@ -84,15 +87,12 @@ def read_letter(said, options, cued):
     return best.pop() if len(best) == 1 else None
 
 
-class MMLUPro(ReadTask):
+class MMLUPro(Task):
     """`data`: a folder or a file with the rows, or "" for the hub. `seed` changes nothing.
     `flawed`: keep rows that contradict themselves."""
     name, published = "mmlu_pro", {"train": 7964, "test": 3909}
     instruction = ('Think step by step. Then finish with "The answer is (X)", where X is the '
                    'letter of the right option.')
-
-    def __init__(self, seed=0, data="", flawed=False):
-        self.data, self.flawed, self.loaded = data, flawed, None
 
     def source(self):
         """Where the rows come from, for messages."""
@@ -103,7 +103,7 @@ class MMLUPro(ReadTask):
         """{id: (question with its options, gold letter)}; read once. A row whose letter and index
         disagree, or point outside of the options, or whose right option stands twice, is reported
         and, unless `flawed`, left out. Raises what `find_files` and `read_rows` raise."""
-        if self.loaded is None:
+        if not self.loaded:
             folder, loaded, bad = self.data, {"train": {}, "test": {}}, []
             if not folder:
                 from huggingface_hub import snapshot_download

@@ -1,8 +1,7 @@
-"""Tasks that are read: rows from JSONL or parquet, what is wrong with them, and what they share."""
+"""Reads the rows of a task from JSONL or parquet, and says what is wrong with them."""
 
 import codecs
 import json
-import sys
 from pathlib import Path
 
 
@@ -94,37 +93,3 @@ def read_rows(files, read, example):
             print(f"{file}: {len(rows) - len(kept) + before} of {len(rows)} rows left out:",
                   "; ".join(faults[:5] + more))
     return kept
-
-
-class ReadTask:
-    """A task whose `rows(split)` gives {id: (question, gold or None)}; see data/arithmetic.py."""
-
-    def questions(self, split):
-        """[{"id", "question"}] of the split, "train" or "test". Without answers."""
-        return [{"id": id_, "question": row[0]} for id_, row in self.rows(split).items()]
-
-    def gold(self, split):
-        """{id: answer as text} of the rows with one. For evaluation and diagnostics only: nothing
-        that trains may call it."""
-        return {id_: gold for id_, (_, gold) in self.rows(split).items() if gold is not None}
-
-    def prompt(self, question):
-        """The user's message that asks a model the question."""
-        return f"{question}\n\n{self.instruction}".rstrip()
-
-    def equal(self, answer, other):
-        """Are two extracted answers the same? None equals nothing."""
-        return answer is not None and answer == other
-
-
-def show(Task):
-    """`python data/<task>.py [DATA]`: the splits' sizes; a question, its prompt and its gold."""
-    try:
-        task = Task(data="".join(sys.argv[1:2]))
-        rows = {split: task.rows(split) for split in ("train", "test")}
-    except (OSError, ValueError, ImportError) as error:
-        sys.exit(str(error))
-    sizes = ", ".join(f"{len(rows[split])} questions in {split}" for split in rows)
-    print(f"{task.name}: {sizes}, from {task.source()}")
-    for id_, (question, gold) in [*rows["train"].items(), *rows["test"].items()][:1]:
-        print(f"\n{id_}: {question}\n\nprompt: {task.prompt(question)}\n\ngold: {gold}")

@@ -26,14 +26,12 @@ LIMIT = 900                                              # seconds of the tests 
 Mutation = namedtuple("Mutation", "name file old new tests reason", defaults=("",))
 
 SFT, RM, RL, EVAL = "train_sft.py", "train_rm.py", "train_rl.py", "eval.py"
-GENERATE, MODEL, LOSSES, BATCHES, SAMPLING, CPU = (
-    f"nanodistill/{name}.py" for name in ("generate", "model", "losses", "batches", "sampling",
-                                          "cpu"))
-PPO, REWARD, RUN, VOTE = (f"nanodistill/{name}.py" for name in ("ppo", "reward", "run", "vote"))
-SETTINGS, TOKENIZER, WEIGHTS, FIT, PRESETS, RESPONSES, STATS = (
-    f"nanodistill/{name}.py"
-    for name in ("settings", "tokenizer", "weights", "fit", "presets", "responses",
-                 "stats"))
+BATCHES, CPU, FILES, FIT, GENERATE, LOSSES, MODEL, PPO, PRESETS, PROCESS, RESPONSES, REWARD, RUN, \
+    SAMPLING, SETTINGS, STATS, TOKENIZER, VOTE, WEIGHTS = (f"nanodistill/{name}.py" for name in (
+        "batches", "cpu", "files", "fit", "generate", "losses", "model", "ppo", "presets",
+        "process", "responses", "reward", "run", "sampling", "settings", "stats", "tokenizer",
+        "vote", "weights"))
+GRADING = "data/grading.py"
 
 TABLE = [Mutation(*entry) for entry in [
     # SFT.
@@ -110,10 +108,10 @@ TABLE = [Mutation(*entry) for entry in [
     ("minibatches-in-order", RESPONSES, "rng.shuffle(order)", "pass", "responses"),
     ("fixed-kl-adapts", RL, 'config.kl_control == "adaptive"', "False", "meaning"),
     # Evaluation.
-    ("eval-not-greedy", EVAL, "questions, 1, 0.0,", "questions, 1, 1.0,", "meaning"),
+    ("eval-not-greedy", EVAL, "(questions, 1, 0.0)", "(questions, 1, 1.0)", "meaning"),
     ("eval-pair-turned", EVAL, "paired(right[a], right[b])", "paired(right[b], right[a])",
      "meaning"),
-    ("eval-answer-of-cut-off", EVAL, " if s.ended else None", "", "meaning"),
+    ("eval-answer-of-cut-off", GRADING, " if s.ended else None", "", "meaning"),
     ("eval-pass-is-all", EVAL, "sum(map(any, hits))", "sum(map(all, hits))", "meaning"),
     ("eval-train-questions-for-rl", EVAL, "if run.held_out(q[", "if not run.held_out(q[",
      "meaning"),
@@ -212,7 +210,7 @@ TABLE = [Mutation(*entry) for entry in [
     ("nan-weights-are-saved", RUN, "all(p.isfinite().all() for m in models", "all(True for m in []",
      "stages"),
     ("deleted-runs-metrics", RUN, "            steps = {}\n", "            pass\n", "run_folder"),
-    ("samples-of-other-weights", EVAL, "if rows[:1] != [origin]:", "if False:", "stages"),
+    ("samples-of-other-weights", GRADING, "if rows[:1] != [origin]:", "if False:", "stages"),
     ("first-of-two-steps-counts", RUN, 'steps.setdefault(row["step"], {}).update(row)',
      "steps.setdefault(row['step'], row)", "run"),
     ("streams-not-restored", RUN, 'torch.set_rng_state(state["streams"]["torch"])', "pass", "run"),
@@ -236,8 +234,10 @@ TABLE = [Mutation(*entry) for entry in [
      'partition("####")[0]', "arithmetic meaning"),
     ("splits-overlap", "data/arithmetic.py", "split_of(problem.question) == split", "True",
      "meaning"),
-    ("none-equals-none", "data/arithmetic.py", "answer is not None and answer == other",
+    ("none-equals-none", "data/task.py", "answer is not None and answer == other",
      "answer == other", "arithmetic"),
+    ("true-accuracy-without-the-question", "data/task.py", "text, questions[id_])", 'text, "")',
+     "arithmetic"),
     ("gsm8k-first-marks", "data/gsm8k.py", "in reversed(deque(cue.finditer(text), maxlen=CUES))",
      "in cue.finditer(text)", "answers gsm8k_mmlu_pro"),
     ("gsm8k-any-digest", "data/gsm8k.py", "if digest != SHA256[name]:", "if False:",
@@ -248,7 +248,8 @@ TABLE = [Mutation(*entry) for entry in [
      "gsm8k_mmlu_pro"),
     ("mmlu-pro-keeps-the-flawed", "data/mmlu_pro.py", "if sound or self.flawed:", "if True:",
      "gsm8k_mmlu_pro"),
-    ("rows-twice", "data/rows.py", "for key in keys if key in first]", "for key in keys if False]", "gsm8k_mmlu_pro"),
+    ("rows-twice", "data/rows.py", "for key in keys if key in first]", "for key in keys if False]",
+     "gsm8k_mmlu_pro"),
     ("rows-blank-text", "data/rows.py", "if not value.strip():", "if False:", "gsm8k_mmlu_pro"),
     ("server-gets-the-key-of-nobody", "data/chat.py",
      '({"Authorization": f"Bearer {key}"} if key else {})', '{"Authorization": f"Bearer {key}"}',

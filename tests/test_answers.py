@@ -9,6 +9,7 @@ import pytest
 from data.gsm8k import GSM8K
 from data.mmlu_pro import MMLUPro
 
+
 QUESTION = "Which?\n\nA. one\nB. two\nC. a dog\nD. Bb Bb\nE. bb bb"
 
 

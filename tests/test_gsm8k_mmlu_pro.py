@@ -251,11 +251,10 @@ def test_mmlu_pro_questions_that_stand_twice_are_named(tmp_path, capsys):
 
 
 def test_parquet_rows_are_numbered_over_all_files(tmp_path, capsys):
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
+    pyarrow, parquet = map(pytest.importorskip, ("pyarrow", "pyarrow.parquet"))
     for name, questions in (("train-0", ["a", None]), ("train-1", ["b", "a"])):
         table = pyarrow.table({"question": questions, "answer": ["1", "2"]})
-        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
+        parquet.write_table(table, tmp_path / f"{name}.parquet")
     assert GSM8K(data=str(tmp_path)).gold("train") == {"gsm8k-train-0": "1", "gsm8k-train-2": "1"}
     out, left = capsys.readouterr().out.splitlines(), "1 of 2 rows left out: row 2"
     assert out == [f"{tmp_path}/train-0.parquet: {left}: no question",

@@ -1,4 +1,4 @@
-"""The four scripts on a small run: they chain, resume exactly, accumulate exactly, and train without gold."""
+"""The four scripts on a small run: they chain, resume and accumulate exactly, need no gold."""
 
 import ast
 import json
@@ -18,15 +18,18 @@ import eval as evaluation
 import train_rl
 import train_rm
 import train_sft
-from data import TASKS, hub, response_ids, teacher
-from nanodistill import responses, run, weights
+from data import TASKS, grading, hub, response_ids, teacher
+from nanodistill import report, responses, run, weights
 from nanodistill.tokenizer import Tokenizer
+
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMON = ["--questions", "80", "--threads", "1", "--seed", "7"]
-SFT, RM, RL = ["--epochs", "1", "--batch-size", "16"], ["--epochs", "0.5", "--samples", "4", "--batch-size", "16"], ["--steps", "3", "--prompts", "32"]
-
-ADAMW = ["--optimizer", "adamw", "--learning-rate", "1e-4"]              # Muon's steps magnify the rounding of the last bit
+SFT = ["--epochs", "1", "--batch-size", "16"]
+RM = ["--epochs", "0.5", "--samples", "4", "--batch-size", "16"]
+RL = ["--steps", "3", "--prompts", "32"]
+# Muon's steps magnify the rounding of the last bit.
+ADAMW = ["--optimizer", "adamw", "--learning-rate", "1e-4"]
 
 
 @pytest.fixture(scope="module")
@@ -71,27 +74,34 @@ def test_first_minibatch_of_every_step_starts_from_the_policy_sampled(finished):
         assert row["first_ratio"] == pytest.approx(1, abs=1e-5)
         assert row["first_approx_kl"] == pytest.approx(0, abs=1e-9)
         assert row["first_clipfrac"] == 0
-        assert row["sampler_gap"] < 1e-4                                 # the logprobs scored are those sampled from
+        # The logprobs scored are those sampled from.
+        assert row["sampler_gap"] < 1e-4
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-4) and abs(rows[2]["kl"]) > 1e-3
-    assert rows[2]["ratio"] != pytest.approx(1, abs=1e-7)                # it did move within a step
-    assert [row["learning_rate"] for row in rows] == pytest.approx([2e-4, 2e-4 * 2 / 3, 2e-4 / 3])  # of three steps, one is no warm-up
+    assert rows[2]["ratio"] != pytest.approx(1, abs=1e-7)        # it did move within a step
+    # Of three steps, one is no warm-up.
+    rates = [row["learning_rate"] for row in rows]
+    assert rates == pytest.approx([2e-4, 2e-4 * 2 / 3, 2e-4 / 3])
 
 
-def test_report(finished):
-    report = json.loads((finished / "report.json").read_text())
-    assert report["seed"] == 7 and report["task"] == "arithmetic"
-    assert set(report["models"]) == {"teacher", "base", "sft", "rl"}
-    for m in report["models"].values():
+def test_report(finished, tmp_path):
+    found = json.loads((finished / "report.json").read_text())
+    assert found["seed"] == 7 and found["task"] == "arithmetic"
+    assert set(found["models"]) == {"teacher", "base", "sft", "rl"}
+    for m in found["models"].values():
         assert set(m["greedy"]) == {"accuracy", "low", "high", "n"} and m["greedy"]["n"] == 80
         assert 0 <= m["greedy"]["low"] <= m["greedy"]["accuracy"] <= m["greedy"]["high"] <= 1
         assert m["mean@8"] <= m["pass@8"] and m["maj@8"] <= m["pass@8"]
-    assert {"rl-sft", "rl-teacher", "sft-teacher"} <= set(report["pairs"])
-    assert all({"difference", "low", "high"} <= set(p) for p in report["pairs"].values())
+    assert {"rl-sft", "rl-teacher", "sft-teacher"} <= set(found["pairs"])
+    assert all({"difference", "low", "high"} <= set(p) for p in found["pairs"].values())
     for key in ("auc", "auc_gold", "auc_own_logprob"):
-        assert set(report["reward_model"][key]) == {"teacher", "sft", "rl"}
-    assert set(report["votes"]) == {"kept", "agreement", "accuracy"}
-    assert set(report["seconds"]) == {"teacher", "sft", "rm", "rl", "eval"}
+        assert set(found["reward_model"][key]) == {"teacher", "sft", "rl"}
+    assert set(found["votes"]) == {"kept", "agreement", "accuracy"}
+    assert set(found["seconds"]) == {"teacher", "sft", "rm", "rl", "eval"}
     assert "| rl | " in (finished / "report.md").read_text()
+    # Drawn anew elsewhere, page and pictures are those that the evaluation left.
+    copy(finished, tmp_path / "run", "metrics.jsonl")
+    for name in report.draw(found, tmp_path / "run"):
+        assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()
 
 
 def test_every_folder_loads_in_transformers_with_equal_logits(finished):
@@ -99,15 +109,17 @@ def test_every_folder_loads_in_transformers_with_equal_logits(finished):
     ids = torch.randint(4, 400, (2, 40))
     with torch.no_grad():
         for name in ("sft", "rl"):
-            oracle = transformers.AutoModelForCausalLM.from_pretrained(finished / name, dtype=torch.float32)
+            oracle = transformers.AutoModelForCausalLM.from_pretrained(
+                finished / name, dtype=torch.float32)
             assert (oracle(ids).logits - weights.load(finished / name)(ids)).abs().max() <= 1e-4
-        reward_model = transformers.AutoModelForSequenceClassification.from_pretrained(finished / "rm", dtype=torch.float32)
+        reward_model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            finished / "rm", dtype=torch.float32)
         ours = weights.load(finished / "rm", weights.ScalarModel)(ids)[:, -1]
         assert (reward_model(ids).logits.squeeze(-1) - ours).abs().max() <= 1e-4
 
 
 class StopAfter:
-    """Stands in for `run.interruptible`: the loop is asked to stop after `n` questions of "has Ctrl-C come?"."""
+    """Stands in for `run.interruptible`: the n-th time that a loop asks, Ctrl-C has come."""
 
     def __init__(self, n):
         self.left = n
@@ -158,7 +170,7 @@ def test_teacher_resumes_without_asking_twice(sampled, tmp_path):
     copy(sampled, tmp_path / "torn", "teacher.jsonl")
     path = tmp_path / "torn" / "teacher.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join(lines[:70]) + lines[70][:50])              # killed in the middle of a line
+    path.write_bytes(b"".join(lines[:70]) + lines[70][:50])      # killed in the middle of a line
     teacher.main([*COMMON, "--out", str(tmp_path / "torn")])
     rows = run.read_jsonl(path)
     assert path.read_bytes().startswith(b"".join(lines[:70]))            # what was there stays
@@ -170,7 +182,8 @@ def test_teacher_resumes_without_asking_twice(sampled, tmp_path):
 
 
 def test_a_student_with_another_tokenizer_learns_the_same_from_the_teachers_text(sampled, tmp_path):
-    """The tiny student, and the same with its token ids in reverse order: a loss that took the teacher's ids for its own would differ."""
+    """The tiny student, and the same with its token ids in reverse order: a loss that took the
+    teacher's ids for its own would differ."""
     source, other = hub.TINY / "student", tmp_path / "other"
     shutil.copytree(source, other)
     raw = json.loads((source / "tokenizer.json").read_text())
@@ -181,36 +194,47 @@ def test_a_student_with_another_tokenizer_learns_the_same_from_the_teachers_text
     (other / "tokenizer.json").write_text(json.dumps(raw))
     for name in ("config.json", "generation_config.json"):
         raw = json.loads((source / name).read_text())
-        (other / name).write_text(json.dumps({**raw, "eos_token_id": last - raw["eos_token_id"], "pad_token_id": last - raw["pad_token_id"]}))
+        turned = {key: last - raw[key] for key in ("eos_token_id", "pad_token_id")}
+        (other / name).write_text(json.dumps({**raw, **turned}))
     tensors = load_file(source / "model.safetensors")
-    tensors["model.embed_tokens.weight"][:last + 1] = tensors["model.embed_tokens.weight"][:last + 1].flip(0)
+    rows = tensors["model.embed_tokens.weight"][:last + 1]
+    tensors["model.embed_tokens.weight"][:last + 1] = rows.flip(0)
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     assert Tokenizer(other).encode("Step 1: 2") != Tokenizer(source).encode("Step 1: 2")
     losses = []
     for student in (source, other):
         out = copy(sampled, tmp_path / f"run of {student.name}", "teacher.jsonl", "labels.jsonl")
         named = ["--student", str(student), "--teacher", "tiny", "--task", "arithmetic"]
-        train_sft.main([*COMMON, *SFT, *named, "--max-new-tokens", "56", "--learning-rate", "5e-4", *out])
-        losses.append(list(steps_of(tmp_path / f"run of {student.name}", "sft", "held_out_loss").values()))
-    assert losses[0][0] < 0.5 and losses[0] == pytest.approx(losses[1], rel=1e-3)        # a text read with the wrong ids has several nats a token
+        train_sft.main([*COMMON, *SFT, *named, "--max-new-tokens", "56", "--learning-rate", "5e-4",
+                        *out])
+        measured = steps_of(tmp_path / f"run of {student.name}", "sft", "held_out_loss")
+        losses.append(list(measured.values()))
+    # A text read with the wrong ids has several nats per token.
+    assert losses[0][0] < 0.5 and losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("script, stage, flags, inputs, key", [
     (train_sft, "sft", SFT, ["teacher.jsonl", "labels.jsonl"], "loss"),
     (train_rm, "rm", RM + ADAMW, ["teacher.jsonl", "labels.jsonl", "student.jsonl", "sft"], "loss"),
-    (train_rm, "rm", RM + ADAMW + ["--rm-loss", "bt", "--batch-size", "4"], ["teacher.jsonl", "labels.jsonl", "student.jsonl", "sft"], "loss"),
-    (train_rl, "rl", ["--steps", "2", "--prompts", "32"], ["teacher.jsonl", "labels.jsonl", "student.jsonl", "sft", "rm"], "value_loss")])
-def test_micro_batches_do_not_change_the_training(finished, tmp_path, monkeypatch, script, stage, flags, inputs, key):
+    (train_rm, "rm", RM + ADAMW + ["--rm-loss", "bt", "--batch-size", "4"],
+     ["teacher.jsonl", "labels.jsonl", "student.jsonl", "sft"], "loss"),
+    (train_rl, "rl", ["--steps", "2", "--prompts", "32"],
+     ["teacher.jsonl", "labels.jsonl", "student.jsonl", "sft", "rm"], "value_loss")])
+def test_micro_batches_do_not_change_the_training(
+        finished, tmp_path, monkeypatch, script, stage, flags, inputs, key):
     monkeypatch.setattr(run, "need", lambda *_: None)
     figures = []
     for micro in ("2", "8"):
-        script.main(COMMON + flags + ["--micro-batch", micro] + copy(finished, tmp_path / micro, *inputs))
+        out = copy(finished, tmp_path / micro, *inputs)
+        script.main([*COMMON, *flags, "--micro-batch", micro, *out])
         figures.append(list(steps_of(tmp_path / micro, stage, key).values()))
     assert figures[0] and figures[0] == pytest.approx(figures[1], rel=1e-3)
 
 
-def test_with_a_probability_as_score_the_values_are_probabilities_too(finished, tmp_path, monkeypatch):
-    """A reward model of huge scores: the step's mean score and the value loss show which of the two was squashed."""
+def test_with_a_probability_as_score_the_values_are_probabilities_too(
+        finished, tmp_path, monkeypatch):
+    """A reward model of huge scores: the step's mean score and the value loss show which of the two
+    was squashed."""
     monkeypatch.setattr(run, "need", lambda *_: None)
     rows = {}
     for kind in ("logit", "probability"):
@@ -232,7 +256,8 @@ def test_with_less_than_a_batch_to_train_on_a_step_takes_all_of_it_and_says_so(
         script.main([*COMMON, *flags, "--epochs", "2.5", "--batch-size", "100000", *out])
         assert "less than one batch of 100000" in capsys.readouterr().out
         assert weights.complete(tmp_path / "run" / stage)
-        assert max(run.read_metrics(tmp_path / "run", stage)) == 2       # two whole passes, a step each
+        # Two whole passes, a step each.
+        assert max(run.read_metrics(tmp_path / "run", stage)) == 2
 
 
 def test_no_vote_left_is_an_error_that_says_what_to_do(finished, tmp_path):
@@ -250,10 +275,29 @@ def test_no_vote_left_is_an_error_that_says_what_to_do(finished, tmp_path):
 
 def test_training_scripts_do_not_name_gold():
     for name in ("train_sft.py", "train_rm.py", "train_rl.py", "data/teacher.py"):
-        names = {node.attr if isinstance(node, ast.Attribute) else node.id for node in ast.walk(ast.parse((ROOT / name).read_text()))
+        tree = ast.walk(ast.parse((ROOT / name).read_text()))
+        names = {node.attr if isinstance(node, ast.Attribute) else node.id for node in tree
                  if isinstance(node, (ast.Attribute, ast.Name))}
         assert "gold" not in names, name
         assert name == "train_rl.py" or "true_accuracy" not in names, name
+
+
+def imported(path):
+    """Names of the modules that a file imports, wherever in it."""
+    nodes = [*ast.walk(ast.parse(path.read_text()))]
+    return {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names} \
+        | {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+
+
+def test_imports_point_from_scripts_to_data_to_the_library():
+    scripts = {path.stem for path in ROOT.glob("*.py")}
+    assert {"eval", "train_sft", "train_rm", "train_rl"} <= scripts
+    for path in ROOT.glob("data/**/*.py"):
+        assert not imported(path) & scripts, path
+    for path in ROOT.glob("nanodistill/*.py"):
+        assert not {name.partition(".")[0] for name in imported(path)} & {*scripts, "data"}, path
+    for name in ("train_sft", "train_rm", "train_rl"):
+        assert "eval" not in imported(ROOT / f"{name}.py"), name
 
 
 def test_nothing_trained_depends_on_gold(finished, tmp_path, monkeypatch):
@@ -269,15 +313,18 @@ def test_nothing_trained_depends_on_gold(finished, tmp_path, monkeypatch):
     teacher.main(COMMON + out)
     train_sft.main(COMMON + SFT + out)
     train_rm.main(COMMON + RM + out)
-    monkeypatch.setattr(Task, "gold", lambda self, split: {q["id"]: "wrong" for q in self.questions(split)})
-    train_rl.main(COMMON + RL + out)                                     # it logs true_accuracy, and here that log is wrong
+    monkeypatch.setattr(Task, "gold", lambda self, split: {
+        q["id"]: "wrong" for q in self.questions(split)})
+    # It logs true_accuracy, and here that log is wrong.
+    train_rl.main(COMMON + RL + out)
     assert set(steps_of(tmp_path, "rl", "true_accuracy").values()) == {0.0}
     for stage in ("sft", "rm", "rl"):
         assert same_weights(tmp_path / stage, finished / stage), stage
 
 
 def test_sft_and_rm_train_the_eos_and_no_prompt_token(finished):
-    """A student that never saw the EOS in its loss would not stop; and RM rows end in EOS exactly when the response ended."""
+    """A student that never saw the EOS in its loss would not stop; and RM rows end in EOS exactly
+    when the response ended."""
     rl = [row for row in run.read_metrics(finished, "rl").values() if "score" in row]
     assert rl[0]["ended"] > 0.9
     tokenizer = Tokenizer(finished / "sft")
@@ -287,9 +334,12 @@ def test_sft_and_rm_train_the_eos_and_no_prompt_token(finished):
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(finished, tmp_path):
     """A real SIGINT to a real process."""
-    out = copy(finished, tmp_path / "run", "teacher.jsonl", "labels.jsonl", "student.jsonl", "sft", "rm")
-    command = [sys.executable, str(ROOT / "train_rl.py"), *COMMON, "--steps", "5000", "--prompts", "32", *out]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    out = copy(finished, tmp_path / "run", "teacher.jsonl", "labels.jsonl", "student.jsonl", "sft",
+               "rm")
+    command = [sys.executable, str(ROOT / "train_rl.py"), *COMMON, "--steps", "5000", "--prompts",
+               "32", *out]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               text=True)
     deadline = time.time() + 60
     while not steps_of(tmp_path / "run", "rl", "score") and time.time() < deadline:
         time.sleep(0.2)
@@ -301,7 +351,8 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(finished, tmp_path):
 
 
 def test_one_command_from_nothing_runs_every_stage_and_says_so(tmp_path):
-    command = [sys.executable, str(ROOT / "train_rl.py"), "--questions", "60", "--threads", "1", "--steps", "1", "--prompts", "32", "--out", str(tmp_path / "out")]
+    command = [sys.executable, str(ROOT / "train_rl.py"), "--questions", "60", "--threads", "1",
+               "--steps", "1", "--prompts", "32", "--out", str(tmp_path / "out")]
     before = set(os.listdir(tmp_path))
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -331,7 +382,8 @@ def small_memory(function, most, size=lambda first, *_: len(first)):
      "policy_loss")])
 def test_where_memory_runs_out_smaller_micro_batches_learn_the_same(
         finished, tmp_path, monkeypatch, capsys, script, stage, flags, inputs, name, most, key):
-    """The function that takes the most memory fails above some tokens; 16 and 8 responses have more."""
+    """The function that takes the most memory fails above some tokens, which 16 and 8 responses
+    have."""
     monkeypatch.setattr(run, "need", lambda *_: None)
     figures = []
     for small in (False, True):
@@ -343,7 +395,8 @@ def test_where_memory_runs_out_smaller_micro_batches_learn_the_same(
         figures.append(list(steps_of(tmp_path / str(small), stage, key).values()))
     assert figures[0] and figures[1] == pytest.approx(figures[0], rel=1e-3)
     said = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
-    assert said and len(said) == len(set(said)) <= 3                     # each size once, not each step
+    # Each size once, not each step.
+    assert said and len(said) == len(set(said)) <= 3
 
 
 @pytest.mark.parametrize("script, stage, flags, inputs, name, key", [
@@ -409,16 +462,17 @@ def test_a_device_too_small_for_anything_ends_in_a_message(finished, tmp_path, m
 # ---- own questions ----
 
 def test_own_questions_without_answers_go_through_every_stage_with_one_command(tmp_path):
-    """200 lines of `question`, nothing else. The tiny models know such questions; there is no gold."""
+    """200 lines of `question`, nothing else, of the kind that the tiny models know. No gold."""
     questions = TASKS["arithmetic"](seed=9).questions("train")[:200]
     (tmp_path / "mine.jsonl").write_text("".join(
         json.dumps({"question": q["question"]}) + "\n" for q in questions))
-    done = subprocess.run([sys.executable, str(ROOT / "train_rl.py"), "--data", "mine.jsonl", "--threads", "1",
-                           "--steps", "1", "--prompts", "16", "--teacher.samples", "4",
-                           "--rm.samples", "1", "--sft.epochs", "1"],
+    done = subprocess.run([sys.executable, str(ROOT / "train_rl.py"), "--data", "mine.jsonl",
+                           "--threads", "1", "--steps", "1", "--prompts", "16",
+                           "--teacher.samples", "4", "--rm.samples", "1", "--sft.epochs", "1"],
                           cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "no test questions with answers" in done.stdout and "No training question has a gold" in done.stdout
+    assert "no test questions with answers" in done.stdout
+    assert "No training question has a gold" in done.stdout
     folder = tmp_path / "out" / "mine-tiny"
     report = json.loads((folder / "report.json").read_text())
     assert report["models"] == {} and set(report["reward_model"]["auc"]) == {"teacher", "sft", "rl"}
@@ -506,7 +560,7 @@ def test_ppo_scores_a_response_with_the_stop_token_that_the_reward_model_knows(
 def test_an_evaluation_goes_on_with_the_samples_that_are_there(finished, tmp_path, monkeypatch):
     out = copy(finished, tmp_path / "run", "labels.jsonl", "student.jsonl", "teacher.jsonl", "sft",
                "rm", "rl", "samples", "metrics.jsonl")
-    monkeypatch.setattr(evaluation, "generate", lambda model, prompts, **_: iter(
+    monkeypatch.setattr(grading, "generate", lambda model, prompts, **_: iter(
         [] if not prompts else pytest.fail("asked again")))
     evaluation.main([*COMMON, *out])
     again = json.loads((tmp_path / "run" / "report.json").read_text())
@@ -517,8 +571,8 @@ def test_an_evaluation_goes_on_with_the_samples_that_are_there(finished, tmp_pat
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(b"".join(lines[:40]) + lines[40][:9])       # killed among the greedy ones
     asked = []
-    generate = evaluation.generate
-    monkeypatch.setattr(evaluation, "generate", lambda model, prompts, **kwargs: (
+    generate = grading.generate
+    monkeypatch.setattr(grading, "generate", lambda model, prompts, **kwargs: (
         asked.append(len(prompts)) or generate(model, prompts, **kwargs)))
     evaluation.main([*COMMON, *out])
     assert sorted(asked)[-2:] == [41, 80]
@@ -578,7 +632,8 @@ def test_questions_that_are_too_long_for_the_model_are_named_and_left_out(tmp_pa
     questions[7] = "Ann has 3 pens. " * 40 + questions[7]
     (tmp_path / "mine.jsonl").write_text("".join(
         json.dumps({"question": q}) + "\n" for q in questions))
-    common = ["--data", str(tmp_path / "mine.jsonl"), "--threads", "1", "--out", str(tmp_path / "o")]
+    common = ["--data", str(tmp_path / "mine.jsonl"), "--threads", "1",
+              "--out", str(tmp_path / "o")]
     teacher.main([*common, "--samples", "4"])
     assert "gsm8k-train-7 (its prompt of" in capsys.readouterr().out
     train_sft.main([*common, *SFT])

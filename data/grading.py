@@ -1,0 +1,92 @@
+"""What eval.py asks of a model: its flags, the samples, and which of them are right.
+
+train_rl.py takes the flags from here: it runs eval.py at its end.
+"""
+
+import json
+from dataclasses import dataclass
+
+import torch
+
+from nanodistill import run, weights
+from nanodistill.generate import generate
+from nanodistill.settings import Common, flag
+
+
+@dataclass
+class Config(Common):
+    models: str = flag("", "models to compare instead of the run's, separated by commas: folders, "
+                       "hub names or sizes")
+    flawed: bool = flag(False, "keep the questions whose rows contradict themselves; they are "
+                        "named and left out otherwise")
+    samples: int = flag(8, "k of mean@k, maj@k and pass@k", least=1)
+
+    def problems(self, given):
+        idle = self.flawed and self.task == "arithmetic"
+        return ["--flawed does nothing: no question of --task arithmetic contradicts itself"] * idle
+
+
+STAGES = {"eval": Config}
+
+
+class Samples:
+    """The samples of one model, in a file that a stopped evaluation goes on from.
+
+    The file's first line says what they were made from; a file of something else is begun anew.
+
+    Args:
+        file: Path of that file. path: the model's folder. config: the settings.
+        prompts: {id: prompt ids} of the questions that may be asked.
+        slots: sequences sampled at once.
+    """
+
+    def __init__(self, file, path, config, task, model, tokenizer, prompts, slots):
+        self.task, self.model, self.tokenizer = task, model, tokenizer
+        self.prompts, self.slots, self.max_new_tokens = prompts, slots, config.max_new_tokens
+        origin = {"model": run.digest(path), **{k: getattr(config, k) for k in (
+            "task", "data", "seed", "max_new_tokens", "dtype", "date")}}
+        file.parent.mkdir(exist_ok=True)
+        rows = run.read_jsonl(file)
+        if rows[:1] != [origin]:
+            weights.write_atomic(file, json.dumps(origin) + "\n")
+        self.rows = {(row["what"], row["id"]): row["responses"] for row in rows[1:]
+                     if rows[0] == origin}
+        self.append = run.Appender(file)
+
+    def __call__(self, what, questions, n, temperature):
+        """[[{"text", "answer", "ended", "tokens", "logprob"}] * n for each question].
+
+        logprob: of all tokens. A question without a prompt, which was too long, has no answer.
+        `what` names these samples in the file and beside the progress bar.
+        """
+        prompts, tokenizer = self.prompts, self.tokenizer
+        none = [{"text": "", "answer": None, "ended": False, "tokens": [], "logprob": 0.0}] * n
+        have = {id_: rows for (kind, id_), rows in self.rows.items()
+                if kind == what and len(rows) >= n}
+        todo = [q for q in questions if q["id"] in prompts and q["id"] not in have]
+        done = generate(
+            self.model, [prompts[q["id"]] for q in todo], ids=[q["id"] for q in todo], n=n,
+            temperature=temperature, max_new_tokens=self.max_new_tokens, slots=self.slots,
+            eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id, seed=torch.initial_seed())
+        total = n * len(questions)
+        for i, j, s in run.Bar(done, total=total, initial=total - n * len(todo), desc=what,
+                               unit="response"):
+            text, q = tokenizer.decode(s.tokens), todo[i]
+            answer = self.task.extract_answer(text, q["question"]) if s.ended else None
+            row = have.setdefault(q["id"], [None] * n)
+            row[j] = {"text": text, "answer": answer, "ended": s.ended, "tokens": s.tokens,
+                      "logprob": sum(s.logprobs)}
+            if None not in row:
+                self.append({"what": what, "id": q["id"], "responses": row})
+        return [have.get(q["id"], none)[:n] for q in questions]
+
+
+def graded(task, truth, questions, samples):
+    """[[is it right? of each sample] of each question].
+
+    Args:
+        truth: {id: right answer}, by gold or by the vote; to a question without one none is right.
+        samples: [[{"answer", ...}] of each question].
+    """
+    return [[task.equal(s["answer"], truth.get(q["id"])) for s in row]
+            for q, row in zip(questions, samples)]

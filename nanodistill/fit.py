@@ -12,12 +12,10 @@ what the allocator loses at the ends of its blocks (2% at 135m); SPARE is for th
 import bisect
 import dataclasses
 import functools
-import itertools
 import os
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +26,7 @@ from nanodistill import generate, losses
 from nanodistill.batches import KVCache, Packed
 from nanodistill.model import CausalLM, Config, ScalarModel
 from nanodistill.presets import SIZES
+
 
 BYTES = {torch.float32: 4, torch.bfloat16: 2}
 SPARE = 0.1         # of what is free is not planned with: see "Not counted" above
@@ -135,20 +134,13 @@ def pass_peaks(shape, head, dtype, sequences, length, seen, checkpoint, again, d
             tokens of each sequence; or "scores", whose pass has no gradients.
         again: the pass adds to gradients that are there.
     """
-    def compiled(kernel, logits, *args):       # makes nothing as large as the logits
-        small = logits.numel() < losses.WORTH_COMPILING
-        return kernel(logits, *args) if small else logits.new_empty(2, len(logits)).float()
     kind = ScalarModel if head in ("scalar", "scores") else CausalLM
     model, packed = on_meta(kind, shape, sequences, length)
     model.to(dtype if head == "scores" else torch.float32)
     model.model.dtype, model.model.checkpoint = dtype, checkpoint
     for layer in model.model.layers:           # backward leaves the mode, and may run them again
         layer.forward = On(device).around(layer.forward)
-    chunks = losses._chunks
-    def two(*args):                            # all further ones lie in the same memory
-        return itertools.islice(chunks(*args), 2)
-    with (On(device), Peak(model) as memory, torch.set_grad_enabled(head != "scores"),
-          mock.patch.object(losses, "_run", compiled), mock.patch.object(losses, "_chunks", two)):
+    with On(device), Peak(model) as memory, torch.set_grad_enabled(head != "scores"):
         def embedded(_, __, x):
             if x.requires_grad:
                 x.register_hook(lambda _: memory.start("embedding"))
@@ -163,7 +155,7 @@ def pass_peaks(shape, head, dtype, sequences, length, seen, checkpoint, again, d
         if kind is ScalarModel:
             loss = model.score(hidden).float().sum()
         elif head == "logprobs":
-            loss = losses.linear_logprobs(hidden, model.head, targets)[0].sum()
+            loss = losses.linear_logprobs(hidden, model.head, targets, ignore_index=None)[0].sum()
         else:
             loss = losses.linear_cross_entropy(hidden, model.head, targets, 1, None)
         del hidden
@@ -354,7 +346,7 @@ def choose(stage, shape, dtype, free, *, batch=0, prompt, response, jobs=0, devi
     best = None                                              # (seconds, micro-batch, checkpoint)
     for again in checkpoints:
         if best is None or seconds(sizes[0], again) < best[0]:
-            b = largest(sizes, lambda b: peak(b, again, counts[-1]) <= free)
+            b = largest(sizes, lambda b, again=again: peak(b, again, counts[-1]) <= free)
             best = min(filter(None, (best, b and (seconds(b, again), b, again))), default=None)
     if best:
         _, b, again = best

@@ -57,7 +57,8 @@ def logprobs(model, rows, counts, width, temperature):
     hidden = before_each(model.model, rows, counts)                            # (sum of counts, D)
     targets = [token for row, n in zip(rows, counts) for token in row[-n:]]
     chosen, entropy = linear_logprobs(
-        hidden, model.head, torch.tensor(targets).to(hidden.device), temperature)
+        hidden, model.head, torch.tensor(targets).to(hidden.device), temperature,
+        ignore_index=None)
     return grid(chosen, counts, width), grid(entropy, counts, width)
 
 

@@ -12,6 +12,7 @@ import json
 
 import httpx2
 
+
 FATAL = {401: "the server wants a key: set OPENAI_API_KEY",
          403: "the key in OPENAI_API_KEY may not use this model",
          404: "there is no such address or model: look at --teacher-url (it usually ends in /v1) "

@@ -16,6 +16,7 @@ from nanodistill import weights
 from nanodistill.fit import GBS, LEARN, SCORED, USED, choose, free_bytes, parameters, plan
 from nanodistill.presets import SIZES
 
+
 # {task: tokens of a long prompt, of the mean one}, by SmolLM2's tokenizer (arithmetic: tiny's). Of
 # GSM8K's 8,792 prompts 1 is longer than the long one, of MMLU-Pro's 11,873 there are 5.
 PROMPTS = {"arithmetic": (96, 31), "gsm8k": (256, 123), "mmlu_pro": (1280, 254)}

@@ -16,6 +16,7 @@ from nanodistill.presets import SIZES, STUDENTS
 from nanodistill.tokenizer import FILES as TOKENIZER_FILES
 from nanodistill.weights import INDEX, SINGLE
 
+
 WEIGHTS = "model*.safetensors"                                   # of the files on the hub
 TINY = Path(__file__).parent / "tiny"                            # folders "teacher" and "student"
 

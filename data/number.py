@@ -13,6 +13,7 @@ import re
 import unicodedata
 from fractions import Fraction
 
+
 LONGEST = 120
 
 # Spellings that mean the same, made one: (pattern, what stands for it), from first to last.

@@ -17,6 +17,7 @@ from data.dry_run import report
 from nanodistill import fit, run, weights
 from nanodistill.tokenizer import Tokenizer
 
+
 ORDER = ("teacher", "sft", "rm", "rl", "eval")
 USES = {"teacher": ("teacher",), "sft": ("student",), "rm": ("student",), "rl": ("student",),
         "eval": ("teacher", "student")}                          # the models that a stage loads

@@ -29,6 +29,7 @@ from data import chat
 from data.chat import Fault, Refused, Stop
 from nanodistill import run
 
+
 TRIES = 8
 MANY, IN_A_ROW = 5, 25         # questions lost at the start, or later in a row, that end the run
 GRACE = 0.7                    # seconds that answers on the wire get when the run ends

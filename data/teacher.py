@@ -31,6 +31,7 @@ from pathlib import Path
 
 import torch
 
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import hub, ready, server, task_of
 from nanodistill import run, settings, vote, weights
@@ -160,8 +161,9 @@ def collect(path, questions, task, sampler, temperatures, description, keep_toke
     asked = {q["id"]: q["question"] for q in questions}
     other = [id_ for id_, row in rows.items() if row["question"] != asked.get(id_, row["question"])]
     if other:
-        sys.exit(f"{path} holds another text of question {other[0]} than is asked now ({len(other)} "
-                 "differ). Give another --out, or delete it and what was made from it.")
+        sys.exit(f"{path} holds another text of question {other[0]} than is asked now "
+                 f"({len(other)} differ). Give another --out, or delete it and what was made from "
+                 "it.")
     todo = {q["id"]: q for q in questions if q["id"] not in rows}
     append, waiting, spent, begun = run.Appender(path), {}, 0, time.monotonic()
     bar = run.Bar(total=len(questions), initial=len(questions) - len(todo), desc=description,

@@ -19,6 +19,7 @@ from pathlib import Path
 from nanodistill import presets
 from nanodistill.weights import write_atomic
 
+
 # What each stage makes, and which of the stage's settings it depends on besides those of the whole
 # run; None: on all of them.
 SAMPLED = ("samples", "temperatures", "max_new_tokens", "teacher_extra", "reasoning")

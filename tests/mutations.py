@@ -20,6 +20,7 @@ from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 900                                              # seconds of the tests of one mutation
 # `tests`: names without "test_" and ".py". `reason`: why a survivor is no fault of the tests.
@@ -40,8 +41,8 @@ TABLE = [Mutation(*entry) for entry in [
     ("sft-keeps-the-last", SFT, "if loss > best:", "if False:", "meaning"),
     ("sft-keeps-the-worst", SFT, "if loss < best:", "if loss > best or best_weights is None:",
      "meaning"),
-    ("sft-trains-on-held-out", SFT, "held_out if run.held_out(", "held_out if False and run.held_out(",
-     "meaning"),
+    ("sft-trains-on-held-out", SFT, "held_out if run.held_out(",
+     "held_out if False and run.held_out(", "meaning"),
     ("sft-sign", SFT, "loss.backward()", "(-loss).backward()", "meaning"),
     ("sft-no-step", SFT,
      "optim.clipped_step(model, [optimizer], config.max_grad_norm)", "torch.zeros(())", "meaning"),
@@ -65,7 +66,8 @@ TABLE = [Mutation(*entry) for entry in [
      "meaning"),
     ("rm-leaves-out-the-student", RM, "if config.rm_data in (source,",
      'if source == "teacher" and config.rm_data in (source,', "meaning"),
-    ("rm-token-loss-on-prompts", RM, "len(e.ids) - e.prompt_length + 1 if", "len(e.ids) if", "meaning"),
+    ("rm-token-loss-on-prompts", RM, "len(e.ids) - e.prompt_length + 1 if", "len(e.ids) if",
+     "meaning"),
     ("rm-token-loss-unweighted", RM, "[token_loss / max(tokens, 1)]",
      "[1 / max(tokens, 1)]", "meaning"),
     ("rm-bt-turned", RM, ".unbind(1)", ".flip(1).unbind(1)", "meaning"),
@@ -239,7 +241,8 @@ TABLE = [Mutation(*entry) for entry in [
      "gsm8k_mmlu_pro"),
     ("mmlu-pro-keeps-the-flawed", "data/mmlu_pro.py", "if sound or self.flawed:", "if True:",
      "gsm8k_mmlu_pro"),
-    ("rows-twice", "data/rows.py", "for key in keys if key in first]", "for key in keys if False]", "gsm8k_mmlu_pro"),
+    ("rows-twice", "data/rows.py", "for key in keys if key in first]", "for key in keys if False]",
+     "gsm8k_mmlu_pro"),
     ("rows-blank-text", "data/rows.py", "if not value.strip():", "if False:", "gsm8k_mmlu_pro"),
     ("server-gets-the-key-of-nobody", "data/chat.py",
      '({"Authorization": f"Bearer {key}"} if key else {})', '{"Authorization": f"Bearer {key}"}',

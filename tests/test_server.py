@@ -21,6 +21,7 @@ from data import chat, teacher
 from data import server as client
 from nanodistill import run
 
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

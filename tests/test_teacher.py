@@ -13,6 +13,7 @@ from nanodistill import run, settings
 from nanodistill.generate import Sample
 from nanodistill.tokenizer import Tokenizer
 
+
 TASK = Arithmetic(1, train=6)
 QUESTIONS = TASK.questions("train")
 

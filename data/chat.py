@@ -1,9 +1,9 @@
 """One request to an OpenAI-compatible server: what is sent, what comes back, what it means.
 
-Servers differ, and some err. What makes sense is understood; all else is one of three exceptions:
-Fault (it may pass), Refused (this question), Stop (every question).
+Servers differ, and some err. What makes sense is understood; all else is an exception: Fault (it
+may pass), Refused (this question), Stop (every question) or Forbidden (one of the last two).
 
-The key in OPENAI_API_KEY goes to the address asked alone (redirects are not followed), and no other
+The key in OPENAI_API_KEY goes only to the address asked (redirects are not followed), and no other
 token goes anywhere.
 """
 
@@ -14,7 +14,6 @@ import httpx2
 
 
 FATAL = {401: "the server wants a key: set OPENAI_API_KEY",
-         403: "the key in OPENAI_API_KEY may not use this model",
          404: "there is no such address or model: look at --teacher-url (it usually ends in /v1) "
               "and --teacher-model"}
 REFUSED = (400, 413, 422)      # of one question: a content filter, a prompt that is too long, ...
@@ -24,6 +23,15 @@ LARGEST = 2**26                # bytes of an answer
 
 class Stop(Exception):
     """The run can't go on."""
+
+
+class Forbidden(Stop):
+    """403: the key may not use this model; or the server refuses this question alone, as a content
+    filter does. What it answered before tells which."""
+
+    def __str__(self):
+        return (f"the teacher's server answered {self.args[0]} (perhaps the key in OPENAI_API_KEY "
+                "may not use this model)")
 
 
 class Refused(Exception):
@@ -39,13 +47,14 @@ class Fault(Exception):
 
 
 def client(key):
-    """Sends the key to the address asked, and nowhere else. Raises Stop for what can't be a key."""
+    """A client that sends the key with each request: as a bearer token, or as it is where it names
+    the other scheme, "Basic <base64 of user:password>". Raises Stop for what can't be a key."""
     key = key.strip()
     if not (key.isascii() and key.isprintable()):
         raise Stop("OPENAI_API_KEY holds characters that are in no key")
+    sent = key if key.startswith("Basic ") else f"Bearer {key}"
     return httpx2.AsyncClient(
-        headers={"Content-Type": "application/json"}
-        | ({"Authorization": f"Bearer {key}"} if key else {}),
+        headers={"Content-Type": "application/json"} | ({"Authorization": sent} if key else {}),
         # Everything is bounded by `exchange`, but a machine that is off should be noticed sooner.
         timeout=httpx2.Timeout(None, connect=30.0), follow_redirects=False,
         limits=httpx2.Limits(max_connections=None))
@@ -101,6 +110,8 @@ def check(status, headers, said):
         return
     if status in REFUSED:
         raise Refused(f"{status}: {said}")
+    if status == 403:
+        raise Forbidden(f"403: {said}")
     if status in PASSING or status >= 500:
         raise Fault(f"{status}: {said}", status != 500, headers.get("Retry-After"))
     if 300 <= status < 400:

@@ -7,8 +7,9 @@ soon as it is here. What can go wrong is of three kinds:
     it may pass     429, 5xx, a cut connection, no whole answer in time, an answer that makes no
                     sense: tried again, later and later, or when the server's Retry-After says.
                     After `patience` seconds in which the server gave nothing at all, the run ends.
-    one question    refused (400, 413, 422), or its answer failed TRIES times while other questions
-                    got theirs: its sample counts as unanswered and says why.
+    one question    refused (400, 413, 422; or 403, by a server that has answered others), or its
+                    answer failed TRIES times while other questions got theirs: its sample counts
+                    as unanswered and says why.
     the run         a wrong key, address or model, a request that no question gets an answer to:
                     ends it with what to do.
 
@@ -24,9 +25,10 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 
 from data import chat
-from data.chat import Fault, Refused, Stop
+from data.chat import Fault, Forbidden, Refused, Stop
 from nanodistill import run
 
 
@@ -47,7 +49,7 @@ def problems(url, model, key, timeout=10.0):
     try:
         answer, body = asyncio.run(models())
         if answer.status_code in (401, 403) or answer.is_redirect:
-            chat.check(answer.status_code, answer.headers, "")
+            chat.check(answer.status_code, answer.headers, chat.words(body))
     except Fault as fault:
         return [f"--teacher-url {url}: nobody answers there ({fault})"]
     except Stop as stop:
@@ -118,9 +120,12 @@ class Sampling:
             n = 1 if alone or self.one_at_a_time else len(job.places)
             try:
                 samples, tokens = await self.ask(job, n)
-            except Refused as refused:
+            except (Refused, Forbidden) as refused:
+                # A server that has answered before takes the key: it refuses this question.
+                if isinstance(refused, Forbidden) and not self.answered:
+                    raise
                 if n == 1:
-                    self.give_up(job, str(refused))
+                    self.give_up(job, refused.args[0])
                 alone = True                       # is it the question, or n?
             except Fault as fault:
                 job.fault, failures = fault, failures + 1
@@ -155,7 +160,8 @@ class Sampling:
         self.held.append((job.id_, job.places.pop(0), {"text": "", "ended": False, "failed": why}))
         if len(self.refused) >= (IN_A_ROW if self.answered else MANY):
             self.blame()
-        if self.answered:
+        # What an earlier start was answered does not say that the key and the model are still good.
+        if self.given:
             self.settle()
 
     def blame(self):
@@ -187,20 +193,23 @@ class Sampling:
 ROW = {"id": str, "j": int, "temperature": (int, float), "text": str, "ended": bool}
 
 
-def check_row(place, row, shape):
-    """Raises SystemExit where a row read from a file is not a dict with values of the types in
-    `shape`, {key: type}."""
-    for key, kind in shape.items():
-        if not isinstance(row, dict) or not isinstance(row.get(key), kind):
-            sys.exit(f"{place} is no row of this program's making ({key!r} is missing or of a "
-                     "wrong kind). Mend that line or delete it.")
+def check_row(path, i, row, shape, part=""):
+    """Raises SystemExit that names file and line where row i, or a part of it, is not a dict with
+    values of the types in `shape`, {key: type}."""
+    for key, type_ in shape.items():
+        if not isinstance(row, dict) or not isinstance(row.get(key), type_):
+            # Blank lines are no rows for read_jsonl, but they count as lines.
+            lines = enumerate(Path(path).read_bytes().split(b"\n"), 1)
+            number = [n for n, line in lines if line.strip()][i]
+            sys.exit(f"{path}, line {number},{part} is no row of this program's making ({key!r} is "
+                     "missing or of a wrong type). Mend that line or delete it.")
 
 
 def read_journal(journal, prompts, temperatures):
     """{(question id, sample index): row} of the samples that an earlier run has left."""
     have = {}
-    for n, row in enumerate(run.read_jsonl(journal), 1):
-        check_row(f"{journal}, line {n},", row, ROW)
+    for i, row in enumerate(run.read_jsonl(journal)):
+        check_row(journal, i, row, ROW)
         if row["id"] in prompts and row["j"] in range(len(temperatures)) \
                 and row["temperature"] == temperatures[row["j"]]:
             have[row["id"], row["j"]] = {**row, "text": chat.clean(row["text"])}
@@ -275,10 +284,11 @@ def generate(url, model, key, prompts, temperatures, max_new_tokens, journal, co
             for worker in done:
                 worker.result()                                  # raises what it raised
             yield None
+        if sampling.held and not sampling.answered:              # there was nothing but refusals
+            sampling.blame()
+        sampling.settle()
         while arrived:
             yield arrived.popleft()
-        if sampling.held:                                        # there was nothing but refusals
-            sampling.blame()
     except Stop as stop:
         raise SystemExit(f"{stop}. What it gave is on disk; the same command goes on.") from None
     finally:

@@ -132,10 +132,10 @@ def read_rows(path, keep_tokens=False):
     Raises SystemExit that names file and line of a row that it did not write.
     """
     shape, rows = RESPONSE | ({"tokens": list} if keep_tokens else {}), {}
-    for n, row in enumerate(run.read_jsonl(path), 1):
-        server.check_row(f"{path}, line {n},", row, ROW)
+    for i, row in enumerate(run.read_jsonl(path)):
+        server.check_row(path, i, row, ROW)
         for response in row["responses"]:
-            server.check_row(f"{path}, line {n}, a response,", response, shape)
+            server.check_row(path, i, response, shape, " a response,")
         rows.setdefault(row["id"], row)
     return rows
 

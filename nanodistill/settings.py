@@ -13,6 +13,7 @@ import datetime
 import difflib
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -233,6 +234,10 @@ def idle(given, values):
         ("teacher" in given and url, "--teacher and --teacher-url: it can't be both"),
         (url and not url.startswith(("http://", "https://")),
          f"--teacher-url {url}: an address begins with http:// or https://"),
+        # The message does not repeat the address: it may go to a log.
+        (url and re.match(r"\w+://[^/?#]*@", url), "--teacher-url: a user or password in the "
+         "address would be written to settings.json. Leave it out, and put the key into "
+         "OPENAI_API_KEY (of HTTP's basic authentication: Basic and the base64 of user:password)"),
         (url and not values["teacher_model"], "--teacher-url needs --teacher-model: the model's "
          "name on that server"),
         ("teacher_model" in given and not url, "--teacher-model does nothing without "

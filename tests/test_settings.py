@@ -105,6 +105,22 @@ def test_what_is_wrong_with_the_flags_is_said(argv, words):
     assert words in message and len(message.splitlines()) <= 3
 
 
+@pytest.mark.parametrize("address", ["user:hush@host/v1", "user@host", ":hush@host/v1?a=b",
+                                     "a:hush@b@host/v1"])
+def test_a_password_in_the_address_is_refused_and_not_repeated(tmp_path, address):
+    server = ["--teacher-url", f"https://{address}", "--teacher-model", "m"]
+    message = wrong("--student", "8b", *server, out=tmp_path)
+    assert "OPENAI_API_KEY" in message and "settings.json" in message
+    assert "hush" not in message and len(message.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("address", ["host/v1@2", "host?mail=a@b", "host/#@", "host:8000/v1"])
+def test_an_at_sign_behind_the_host_is_no_user(address):
+    server = ["--teacher-url", f"https://{address}", "--teacher-model", "m"]
+    assert parse("--student", "8b", *server)["rl"].teacher_url == f"https://{address}"
+
+
 def test_all_that_is_wrong_is_said_at_once():
     message = wrong("--samples", "0", "--gamma", "nan", "--stepz", "1", "--kl-target", "2")
     assert all(w in message for w in ("--samples 0", "--gamma nan", "--stepz", "--kl-target"))

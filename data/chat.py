@@ -16,7 +16,7 @@ import httpx2
 FATAL = {401: "the server wants a key: set OPENAI_API_KEY",
          404: "there is no such address or model: look at --teacher-url (it usually ends in /v1) "
               "and --teacher-model"}
-REFUSED = (400, 413, 422)      # of one question: a content filter, a prompt that is too long, ...
+REFUSED = (400, 413, 422)      # one question: a content filter, a prompt that is too long, ...
 PASSING = (408, 409, 425, 429)
 LARGEST = 2**26                # bytes of an answer
 
@@ -39,7 +39,7 @@ class Refused(Exception):
 
 
 class Fault(Exception):
-    """It may pass. `of_server`: it says nothing of the question."""
+    """It may pass. `of_server`: the question has no part in it."""
 
     def __init__(self, words, of_server=False, retry_after=None):
         super().__init__(words)
@@ -55,15 +55,16 @@ def client(key):
     sent = key if key.startswith("Basic ") else f"Bearer {key}"
     return httpx2.AsyncClient(
         headers={"Content-Type": "application/json"} | ({"Authorization": sent} if key else {}),
-        # Everything is bounded by `exchange`, but a machine that is off should be noticed sooner.
+        # `exchange` bounds everything, but a machine that is off should be noticed sooner.
         timeout=httpx2.Timeout(None, connect=30.0), follow_redirects=False,
         limits=httpx2.Limits(max_connections=None))
 
 
 async def exchange(client, method, url, path, content, seconds):
-    """One request to `url` + `path`. -> (httpx2.Response, body as bytes), whole within `seconds`.
+    """One request to `url` + `path` -> (httpx2.Response, body as bytes).
 
-    Raises Fault; Stop for an address that is none.
+    Raises Fault, also where the answer is not whole within `seconds`; Stop for an address that is
+    none.
     """
     async def whole():
         at = httpx2.URL(url)                                     # it may have a ?query
@@ -74,6 +75,7 @@ async def exchange(client, method, url, path, content, seconds):
                 if len(body) > LARGEST:
                     raise Fault(f"an answer of more than {LARGEST >> 20} MiB")
         return answer, bytes(body)
+
     try:
         return await asyncio.wait_for(whole(), seconds)
     except asyncio.TimeoutError:
@@ -94,7 +96,7 @@ def parsed(body):
 
 
 def words(body):
-    """What the server says in an answer that is no completion: its own words, in one short line."""
+    """The server's own words in an answer that is no completion, as one short line."""
     said = answer = parsed(body)
     for key in ("error", "message", "detail"):
         if isinstance(said, dict) and said.get(key):
@@ -105,7 +107,7 @@ def words(body):
 
 
 def check(status, headers, said):
-    """Nothing for a success; else raises what the status means: Refused, Fault or Stop."""
+    """Raises what a status other than success means: Refused, Fault, Stop or Forbidden."""
     if 200 <= status < 300:
         return
     if status in REFUSED:
@@ -126,18 +128,21 @@ def clean(text):
 
 
 def flat(content):
-    """The text of a message's content: a text, null, or a list of parts. None: it is neither."""
+    """The text of a message's content: a text, null or a list of parts. None for anything else."""
     if isinstance(content, list):
         parts = [p.get("text") if isinstance(p, dict) else p for p in content]
         return "".join(p for p in parts if isinstance(p, str))
-    return "" if content is None else content if isinstance(content, str) else None
+    if content is None:
+        return ""
+    return content if isinstance(content, str) else None
 
 
 def read_choice(choice, reasoning):
     """(text, ended) of one choice, or None if it makes no sense.
 
-    Thoughts that the server took out of the text go before it in <think> tags, as models write
-    them, so that a student learns them too; or, `reasoning` "drop", those in the text go as well.
+    Where the server took thoughts out of the text, `reasoning` "keep" puts them before it in
+    <think> tags, as models write them, so that a student learns them too. "drop" leaves them out,
+    and takes those in the text out as well.
     """
     message = choice.get("message") if isinstance(choice, dict) else None
     if not isinstance(message, dict):
@@ -162,7 +167,7 @@ def read_choice(choice, reasoning):
 
 
 def read_answer(body, reasoning):
-    """([(text, ended)], one a choice, tokens of all) of a chat completion. Raises as `check`."""
+    """([(text, ended)] of each choice, tokens of all) of a chat completion. Raises as `check`."""
     answer = parsed(body)
     answer = answer if isinstance(answer, dict) else {}
     choices, error = answer.get("choices"), answer.get("error")

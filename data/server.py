@@ -1,8 +1,8 @@
 """Samples of a model behind an OpenAI-compatible server (vLLM, llama.cpp, a paid one, ...).
 
-Many requests are under way at once, in one thread. One asks for all samples of a question at one
-temperature where the server gives several, else for one at a time. A sample is in the journal as
-soon as it is here. What can go wrong is of three kinds:
+Many requests are under way at once, in one thread. Each asks for all samples of a question at one
+temperature; for one sample, if the server gives one per request. A sample is written to the journal
+as soon as it arrives. What goes wrong is dealt with in three ways:
 
     it may pass     429, 5xx, a cut connection, no whole answer in time, an answer that makes no
                     sense: tried again, later and later, or when the server's Retry-After says.
@@ -13,7 +13,7 @@ soon as it is here. What can go wrong is of three kinds:
     the run         a wrong key, address or model, a request that no question gets an answer to:
                     ends it with what to do.
 
-However it ends: what is on the wire has a moment to arrive, and the same command goes on.
+However the run ends, answers under way have a moment to arrive, and the same command goes on.
 """
 
 import asyncio
@@ -40,12 +40,12 @@ GRACE = 0.7                    # seconds that answers on the wire get when the r
 def problems(url, model, key, timeout=10.0):
     """What is wrong with the server's address or model, as a list of messages; [] if it answers.
 
-    Asks for its list of models, which is free; a server without one (404, 405, 501) is taken as
-    it is.
+    Asks for its list of models, which is free. A server may have none (404, 405, 501).
     """
     async def models():
         async with chat.client(key) as c:
             return await chat.exchange(c, "GET", url, "/models", None, timeout)
+
     try:
         answer, body = asyncio.run(models())
         if answer.status_code in (401, 403) or answer.is_redirect:
@@ -71,8 +71,10 @@ def wait_before(attempt, retry_after, rng):
     """Seconds before the next try: the server's Retry-After (seconds or a date), if that is at
     least one; else about 1, 2, 4, ... and at most 60."""
     try:
-        asked = float(retry_after) if (retry_after or "").strip().replace(".", "", 1).isdigit() \
-            else parsedate_to_datetime(retry_after).timestamp() - time.time()
+        if (retry_after or "").strip().replace(".", "", 1).isdigit():
+            asked = float(retry_after)
+        else:
+            asked = parsedate_to_datetime(retry_after).timestamp() - time.time()
     except (ValueError, TypeError, OverflowError, OSError):
         asked = 0.0
     return asked if asked >= 1 else min(2.0**min(attempt, 6), 60.0) * rng.uniform(0.75, 1.25)
@@ -80,9 +82,9 @@ def wait_before(attempt, retry_after, rng):
 
 @dataclass(eq=False)
 class Job:
-    """Samples of a question, all of one temperature: the indices still to come, the last fault."""
+    """Samples of one question at one temperature: the indices still to come, the last fault."""
     id_: str
-    places: list
+    indices: list
     fault: Fault | None = None
 
 
@@ -116,8 +118,8 @@ class Sampling:
     async def finish(self, job):
         """Ask until each sample of the job is kept or given up."""
         alone, failures, given, rng = False, 0, self.given, random.Random()
-        while job.places and not self.stopping.is_set():
-            n = 1 if alone or self.one_at_a_time else len(job.places)
+        while job.indices and not self.stopping.is_set():
+            n = 1 if alone or self.one_at_a_time else len(job.indices)
             try:
                 samples, tokens = await self.ask(job, n)
             except (Refused, Forbidden) as refused:
@@ -137,19 +139,19 @@ class Sampling:
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self.stopping.wait(), min(seconds, self.patience))
             else:
-                # The server refuses n and takes 1, or leaves n out of account.
+                # The server refuses n and accepts 1, or ignores n.
                 self.one_at_a_time |= alone or len(samples) < n
                 self.given, self.last, self.told = self.given + 1, time.monotonic(), False
                 self.answered, job.fault, failures, given = True, None, 0, self.given
                 self.refused.clear()
                 self.settle()
                 for text, ended in samples[:n]:
-                    if job.places:
-                        self.keep(job.id_, job.places.pop(0), {"text": text, "ended": ended},
+                    if job.indices:
+                        self.keep(job.id_, job.indices.pop(0), {"text": text, "ended": ended},
                                   tokens // len(samples))
 
     def settle(self):
-        """Keep the samples given up, as the server does answer: it is their questions' fault."""
+        """Keep the samples given up: the server does answer, so the fault is in their questions."""
         while self.held:
             self.keep(*self.held.pop(0), 0)
 
@@ -157,16 +159,18 @@ class Sampling:
         """The job's next sample fails. Raises Stop where the server seems to be at fault."""
         self.last = time.monotonic()
         self.refused.add(job.id_)
-        self.held.append((job.id_, job.places.pop(0), {"text": "", "ended": False, "failed": why}))
+        failed = {"text": "", "ended": False, "failed": why}
+        self.held.append((job.id_, job.indices.pop(0), failed))
         if len(self.refused) >= (IN_A_ROW if self.answered else MANY):
             self.blame()
-        # What an earlier start was answered does not say that the key and the model are still good.
+        # That an earlier start was answered does not say that key and model are still good.
         if self.given:
             self.settle()
 
     def blame(self):
-        raise Stop(f"the teacher's server answered none of {len(self.refused)} questions"
-                   f"{' in a row' * self.answered}, last: {self.held[-1][2]['failed']}")
+        row = " in a row" if self.answered else ""
+        raise Stop(f"the teacher's server answered none of {len(self.refused)} questions{row}, "
+                   f"last: {self.held[-1][2]['failed']}")
 
     def watch(self):
         """Has the server given nothing for too long? Raises Stop; or, where only a few questions
@@ -184,7 +188,7 @@ class Sampling:
             raise Stop(f"the teacher's server has given nothing for {minutes} (--patience), last: "
                        f"{last}")
         for job in self.under_way:
-            while job.places:
+            while job.indices:
                 self.give_up(job, f"nothing for {minutes}, last: {job.fault or last}")
         return True
 
@@ -219,27 +223,29 @@ def read_journal(journal, prompts, temperatures):
 def generate(url, model, key, prompts, temperatures, max_new_tokens, journal, concurrency=32,
              patience=600.0, seed=0, extra=None, reasoning="keep", retry_failed=False,
              answered=False, timeout=None):
-    """Yield (question id, sample index, response, tokens) for a sample of each prompt at each of
+    """Yield (question id, sample index, response, tokens) for one sample of each prompt at each of
     `temperatures`, as they come; and None every now and then while nothing comes.
 
-    A response is {"text", "ended"}; "failed", why, is in it where the server gave none (text "",
-    ended False). len(tokens) is how many tokens it took.
+    A response is {"text", "ended"}. Where the server gave none, text is "", ended False, and
+    "failed" says why. len(tokens) is the number of its tokens.
 
     Args:
-        url: of the API, such as http://host:8000/v1. key: sent as bearer token; may be empty.
+        url: of the API, such as http://host:8000/v1.
+        key: sent with each request, see `chat.client`; may be empty.
         prompts: {question id: user message}; the server applies its own chat template.
-        journal: path of a JSONL file that gets each sample as it comes. Those of an earlier run
-            are yielded first, and not asked for again; with `retry_failed`, those that failed are.
+        journal: path of a JSONL file to which each sample is appended as it comes. Those of an
+            earlier run are yielded first, and not asked for again.
         concurrency: requests under way at once.
         patience: seconds after which a server that gives nothing is given up.
         extra: merged into each request; a None removes what is there.
         reasoning: "keep" or "drop", see `chat.read_choice`.
+        retry_failed: ask again for samples that failed in an earlier run.
         answered: is it known that the server answers such requests?
         timeout: seconds for one request; None: `patience`.
     Raises:
         SystemExit: with what to do, when the server refuses or does not recover.
     """
-    have = {place: row for place, row in read_journal(journal, prompts, temperatures).items()
+    have = {key: row for key, row in read_journal(journal, prompts, temperatures).items()
             if not (retry_failed and "failed" in row)}
     for (id_, j), row in have.items():
         yield id_, j, {k: row[k] for k in ("text", "ended", "failed") if k in row}, ()
@@ -248,7 +254,7 @@ def generate(url, model, key, prompts, temperatures, max_new_tokens, journal, co
     for id_ in prompts:
         for j, temperature in enumerate(temperatures):
             if (id_, j) not in have:
-                jobs.setdefault((id_, temperature), Job(id_, [])).places.append(j)
+                jobs.setdefault((id_, temperature), Job(id_, [])).indices.append(j)
     append, arrived = run.Appender(journal), deque()
 
     def keep(id_, j, response, tokens):
@@ -256,7 +262,7 @@ def generate(url, model, key, prompts, temperatures, max_new_tokens, journal, co
         arrived.append((id_, j, response, range(tokens)))
 
     async def ask(job, n):
-        j = job.places[0]
+        j = job.indices[0]
         # One seed for all would give the same sample again and again.
         wanted = {"model": model, "messages": [{"role": "user", "content": prompts[job.id_]}],
                   "max_tokens": max_new_tokens, "temperature": temperatures[j], "n": n,

@@ -214,8 +214,8 @@ TABLE = [Mutation(*entry) for entry in [
     ("full-memory-is-fatal", RUN, "size //= 2", "size = size", "stages"),
     ("other-settings-go-on", SETTINGS, "and saved[s][f.name] != getattr(config, f.name)]",
      "and False]", "settings"),
-    ("given-loses-to-saved", SETTINGS, '(given[s, name], "given") if (s, name) in given else',
-     '(given[s, name], "given") if (s, name) in given and name not in before else', "settings"),
+    ("given-loses-to-saved", SETTINGS, "if (s, name) in given:",
+     "if (s, name) in given and name not in before:", "settings"),
     ("least-is-not-checked", SETTINGS, "value < limit", "False", "settings"),
     ("seed-not-in-the-folders-name", SETTINGS, 'given.get("seed", 1) != 1', "False", "settings"),
     ("rate-of-another-size", PRESETS, "row[column]", "row[column - 1]", "settings"),
@@ -333,16 +333,19 @@ def main():
         for m, status, said in done:
             if status not in (0, 1, 2, None):                # pytest's own failure
                 sys.exit(f"{m.name}: pytest ends with {status}: {said}")
-            survived += [m] * (status == 0)
-            killed += status != 0
-            by = f"({m.reason})" if status == 0 and m.reason else "" if status == 0 else said
-            late = " (its reason is stale: it is killed now)" if status != 0 and m.reason else ""
-            verdict = "survived" if status == 0 else "killed"
-            print(f"{verdict:8}  {m.name:30} {by}{late}", flush=True)
+            if status == 0:
+                survived.append(m)
+                verdict, why = "survived", f"({m.reason})" if m.reason else ""
+            else:
+                killed += 1
+                verdict, why = "killed", said
+                if m.reason:
+                    why += " (its reason is stale: it is killed now)"
+            print(f"{verdict:8}  {m.name:30} {why}", flush=True)
     unknown = [m.name for m in survived if not m.reason]
+    without = f"; without: {', '.join(unknown)}" if unknown else ""
     print(f"{len(chosen)} mutations: {killed} killed, {len(survived)} survived, of which "
-          f"{len(survived) - len(unknown)} with a reason"
-          + f"; without: {', '.join(unknown)}" * bool(unknown))
+          f"{len(survived) - len(unknown)} with a reason{without}")
     sys.exit(1 if unknown else 0)
 
 

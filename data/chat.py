@@ -1,9 +1,9 @@
 """One request to an OpenAI-compatible server: what is sent, what comes back, what it means.
 
-Servers differ, and some err. What makes sense is understood; all else is one of three exceptions:
-Fault (it may pass), Refused (this question), Stop (every question).
+Servers differ, and some err. What makes sense is understood; all else is an exception: Fault (it
+may pass), Refused (this question), Stop (every question) or Forbidden (one of the last two).
 
-The key in OPENAI_API_KEY goes to the address asked alone (redirects are not followed), and no other
+The key in OPENAI_API_KEY goes only to the address asked (redirects are not followed), and no other
 token goes anywhere.
 """
 
@@ -12,11 +12,11 @@ import json
 
 import httpx2
 
+
 FATAL = {401: "the server wants a key: set OPENAI_API_KEY",
-         403: "the key in OPENAI_API_KEY may not use this model",
          404: "there is no such address or model: look at --teacher-url (it usually ends in /v1) "
               "and --teacher-model"}
-REFUSED = (400, 413, 422)      # of one question: a content filter, a prompt that is too long, ...
+REFUSED = (400, 413, 422)      # one question: a content filter, a prompt that is too long, ...
 PASSING = (408, 409, 425, 429)
 LARGEST = 2**26                # bytes of an answer
 
@@ -25,12 +25,21 @@ class Stop(Exception):
     """The run can't go on."""
 
 
+class Forbidden(Stop):
+    """403: the key may not use this model; or the server refuses this question alone, as a content
+    filter does. What it answered before tells which."""
+
+    def __str__(self):
+        return (f"the teacher's server answered {self.args[0]} (perhaps the key in OPENAI_API_KEY "
+                "may not use this model)")
+
+
 class Refused(Exception):
     """The server will not answer this question."""
 
 
 class Fault(Exception):
-    """It may pass. `of_server`: it says nothing of the question."""
+    """It may pass. `of_server`: the question has no part in it."""
 
     def __init__(self, words, of_server=False, retry_after=None):
         super().__init__(words)
@@ -38,22 +47,24 @@ class Fault(Exception):
 
 
 def client(key):
-    """Sends the key to the address asked, and nowhere else. Raises Stop for what can't be a key."""
+    """A client that sends the key with each request: as a bearer token, or as it is where it names
+    the other scheme, "Basic <base64 of user:password>". Raises Stop for what can't be a key."""
     key = key.strip()
     if not (key.isascii() and key.isprintable()):
         raise Stop("OPENAI_API_KEY holds characters that are in no key")
+    sent = key if key.startswith("Basic ") else f"Bearer {key}"
     return httpx2.AsyncClient(
-        headers={"Content-Type": "application/json"}
-        | ({"Authorization": f"Bearer {key}"} if key else {}),
-        # Everything is bounded by `exchange`, but a machine that is off should be noticed sooner.
+        headers={"Content-Type": "application/json"} | ({"Authorization": sent} if key else {}),
+        # `exchange` bounds everything, but a machine that is off should be noticed sooner.
         timeout=httpx2.Timeout(None, connect=30.0), follow_redirects=False,
         limits=httpx2.Limits(max_connections=None))
 
 
 async def exchange(client, method, url, path, content, seconds):
-    """One request to `url` + `path`. -> (httpx2.Response, body as bytes), whole within `seconds`.
+    """One request to `url` + `path` -> (httpx2.Response, body as bytes).
 
-    Raises Fault; Stop for an address that is none.
+    Raises Fault, also where the answer is not whole within `seconds`; Stop for an address that is
+    none.
     """
     async def whole():
         at = httpx2.URL(url)                                     # it may have a ?query
@@ -64,6 +75,7 @@ async def exchange(client, method, url, path, content, seconds):
                 if len(body) > LARGEST:
                     raise Fault(f"an answer of more than {LARGEST >> 20} MiB")
         return answer, bytes(body)
+
     try:
         return await asyncio.wait_for(whole(), seconds)
     except asyncio.TimeoutError:
@@ -84,7 +96,7 @@ def parsed(body):
 
 
 def words(body):
-    """What the server says in an answer that is no completion: its own words, in one short line."""
+    """The server's own words in an answer that is no completion, as one short line."""
     said = answer = parsed(body)
     for key in ("error", "message", "detail"):
         if isinstance(said, dict) and said.get(key):
@@ -95,11 +107,13 @@ def words(body):
 
 
 def check(status, headers, said):
-    """Nothing for a success; else raises what the status means: Refused, Fault or Stop."""
+    """Raises what a status other than success means: Refused, Fault, Stop or Forbidden."""
     if 200 <= status < 300:
         return
     if status in REFUSED:
         raise Refused(f"{status}: {said}")
+    if status == 403:
+        raise Forbidden(f"403: {said}")
     if status in PASSING or status >= 500:
         raise Fault(f"{status}: {said}", status != 500, headers.get("Retry-After"))
     if 300 <= status < 400:
@@ -114,18 +128,21 @@ def clean(text):
 
 
 def flat(content):
-    """The text of a message's content: a text, null, or a list of parts. None: it is neither."""
+    """The text of a message's content: a text, null or a list of parts. None for anything else."""
     if isinstance(content, list):
         parts = [p.get("text") if isinstance(p, dict) else p for p in content]
         return "".join(p for p in parts if isinstance(p, str))
-    return "" if content is None else content if isinstance(content, str) else None
+    if content is None:
+        return ""
+    return content if isinstance(content, str) else None
 
 
 def read_choice(choice, reasoning):
     """(text, ended) of one choice, or None if it makes no sense.
 
-    Thoughts that the server took out of the text go before it in <think> tags, as models write
-    them, so that a student learns them too; or, `reasoning` "drop", those in the text go as well.
+    Where the server took thoughts out of the text, `reasoning` "keep" puts them before it in
+    <think> tags, as models write them, so that a student learns them too. "drop" leaves them out,
+    and takes those in the text out as well.
     """
     message = choice.get("message") if isinstance(choice, dict) else None
     if not isinstance(message, dict):
@@ -150,7 +167,7 @@ def read_choice(choice, reasoning):
 
 
 def read_answer(body, reasoning):
-    """([(text, ended)], one a choice, tokens of all) of a chat completion. Raises as `check`."""
+    """([(text, ended)] of each choice, tokens of all) of a chat completion. Raises as `check`."""
     answer = parsed(body)
     answer = answer if isinstance(answer, dict) else {}
     choices, error = answer.get("choices"), answer.get("error")

@@ -16,11 +16,13 @@ from nanodistill import weights
 from nanodistill.fit import GBS, LEARN, SCORED, USED, choose, free_bytes, parameters, plan
 from nanodistill.presets import SIZES
 
+
 # {task: tokens of a long prompt, of the mean one}, by SmolLM2's tokenizer (arithmetic: tiny's). Of
-# GSM8K's 8,792 prompts 1 is longer than the long one, of MMLU-Pro's 11,873 there are 5.
+# GSM8K's 8,792 prompts one is longer than the long one, of MMLU-Pro's 11,873 five are.
 PROMPTS = {"arithmetic": (96, 31), "gsm8k": (256, 123), "mmlu_pro": (1280, 254)}
-# Assumptions, measured nowhere. A response is half of --max-new-tokens. GOOD: share of the
-# teacher's responses that SFT trains on. PRODUCTS, BANDWIDTH: reached share of a card's peak.
+# Assumptions, measured nowhere. A response is half of --max-new-tokens. GOOD: the fraction of the
+# teacher's responses that SFT trains on. PRODUCTS, BANDWIDTH: the fraction of a card's peak that is
+# achieved.
 GOOD, PRODUCTS, BANDWIDTH = 0.5, 0.4, 0.6
 LOADED = {"teacher": "sampled", "sft": "trained", "rm": "sampled, then trained with a scalar head",
           "rl": "as policy, reference, reward and value model", "eval": "sampled one at a time"}
@@ -30,8 +32,8 @@ LOADED = {"teacher": "sampled", "sft": "trained", "rm": "sampled, then trained w
 class Card:
     name: str
     gb: int
-    flops: float                # a second, dense bf16 products with fp32 sums
-    bandwidth: float            # bytes a second
+    flops: float                # per second, dense bf16 products with fp32 sums
+    bandwidth: float            # bytes per second
 
 
 # NVIDIA's data sheets; for the 4090 the white paper of the Ada architecture.
@@ -50,33 +52,36 @@ class Cost:
     trained: float = 0                   # by a forward and backward pass
     flops: float = 0                     # of what is read and trained
     decode_flops: float = 0
-    decode_bytes: float = 0              # read by decoding: the weights each step, the cache; bf16
+    decode_bytes: float = 0              # read by decoding: weights at each step, the cache; bf16
 
     def run(self, shape, sequences, prompt, response, times=2, head=0):
         """Whole sequences through the layers, their responses through the head.
 
-        times, head: FLOPs a weight and token. 2 forward, 6 with backward; 8 where backward begins
-        with the forward pass again, as the layers' with checkpointing and linear_logprobs' does.
+        times, head: FLOPs per weight and token, of the layers and of the head. 2 forward, 6 with
+        backward, 8 where backward repeats the forward pass: that of the layers with checkpointing,
+        and that of linear_logprobs.
         """
         tokens = sequences * (prompt + response)
         self.flops += times * tokens * (matrices(shape) + attended(shape) * (prompt + response) / 2)
         self.flops += head * sequences * response * shape.vocab_size * shape.hidden_size
-        self.read += tokens * (times == 2)
-        self.trained += tokens * (times != 2)
+        if times == 2:
+            self.read += tokens
+        else:
+            self.trained += tokens
 
-    def sample(self, shape, prompts, n, prompt, response, reach, slots):
-        """n samples of each prompt; a step attends to all `reach` positions of the cache."""
+    def sample(self, shape, prompts, n, prompt, response, cached, slots):
+        """n samples of each prompt; each step attends to all `cached` positions."""
         self.run(shape, prompts, prompt, 0)
         tokens = prompts * n * response
         numbers = matrices(shape) + shape.vocab_size * shape.hidden_size
-        cache = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * reach
+        cache = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * cached
         self.sampled += tokens
-        self.decode_flops += 2 * tokens * (numbers + attended(shape) * reach)
+        self.decode_flops += 2 * tokens * (numbers + attended(shape) * cached)
         self.decode_bytes += 2 * tokens * (numbers / min(slots, prompts * n) + cache)
 
     def hours(self, card):
-        """A roofline: products at their share of the card's peak, decoding by the slower of its
-        products and its reads."""
+        """A roofline: products at PRODUCTS of the card's peak; decoding takes as long as the slower
+        of its products and its reads."""
         products = PRODUCTS * card.flops
         decode = max(self.decode_flops / products, self.decode_bytes / (BANDWIDTH * card.bandwidth))
         return (self.flops / products + decode) / 3600
@@ -106,7 +111,7 @@ def cost(stage, settings, models, counts, slots=256, checkpoint=False):
     samples, train, test = getattr(config, "samples", 0), counts["train"], counts["test"]
     taught = getattr(settings.get("teacher"), "samples", 10)
     sample = functools.partial(work.sample, prompt=prompt, response=response, slots=slots,
-                               reach=long + config.max_new_tokens)
+                               cached=long + config.max_new_tokens)
     run = functools.partial(work.run, student, prompt=prompt, response=response)
     if stage == "teacher":
         sample(student, train, samples)
@@ -132,11 +137,13 @@ def cost(stage, settings, models, counts, slots=256, checkpoint=False):
 # ---- for people ----
 
 def named(stage, config):
-    """(name, role, revision) of each model that a stage samples; one behind a server is none."""
-    student = config.student, "student", config.revision
-    teacher = [(config.teacher, "teacher", config.teacher_revision)] * (not config.teacher_url)
+    """[(name, role, revision)] of the models here that a stage samples."""
     if getattr(config, "models", ""):
         return [(name, "models", "") for name in config.models.split(",")]
+    student = config.student, "student", config.revision
+    teacher = [(config.teacher, "teacher", config.teacher_revision)]
+    if config.teacher_url:                       # behind a server, so not here
+        teacher = []
     return {"teacher": teacher, "eval": teacher + [student] * 3}.get(stage, [student])
 
 
@@ -157,8 +164,8 @@ def fitted(stage, config, model, counts, free, device):
                         checkpoint=choice.checkpoint, **where)
 
 
-def places(device):
-    """[(name, bytes that may be taken, device)]: this machine's, then cards by their memory."""
+def memories(device):
+    """[(name, bytes that may be used, device)]: this machine's, then those of cards."""
     here = "cuda" if torch.cuda.is_available() else "cpu"
     here = "mps" if here == "cpu" and torch.backends.mps.is_available() else here
     asked = here if device == "auto" else device
@@ -185,14 +192,14 @@ def report(settings, missing, counts):
         largest = max(models, key=parameters)
         lines.append(f"{stage}: {', '.join(dict.fromkeys(name for name, *_ in names))}, at most "
                      f"{parameters(largest):,} parameters; {LOADED[stage]}")
-        for place, free, device in places(config.device):
+        for name, free, device in memories(config.device):
             try:
-                choices[place], parts = fitted(stage, config, largest, counts, free, device)
-                lines.append(f"  {place:7} {choices[place].line}")
-                memory = memory or f"GB, {place}: " + ", ".join(
+                choices[name], parts = fitted(stage, config, largest, counts, free, device)
+                lines.append(f"  {name:7} {choices[name].line}")
+                memory = memory or f"GB, {name}: " + ", ".join(
                     f"{part} {size / 1e9:.2f}" for part, size in parts.items() if size)
             except ValueError as error:
-                lines.append(f"  {place:7} {str(error).partition(', and ')[0]}")
+                lines.append(f"  {name:7} {str(error).partition(', and ')[0]}")
         lines += textwrap.wrap(memory, 98, initial_indent="  ", subsequent_indent="    ")
         work = cost(stage, settings, models, counts)
         lines.append(f"  M tokens: {work.sampled / 1e6:,.2f} sampled, {work.read / 1e6:,.2f} read, "
@@ -205,10 +212,9 @@ def report(settings, missing, counts):
     prompt, width = PROMPTS[settings[missing[0]].task][1], 11
     lines += ["", *textwrap.wrap(
         f"Hours, an estimate from a roofline, not measured: {PRODUCTS:.0%} of a card's bf16 "
-        f"products a second, {BANDWIDTH:.0%} of its bandwidth; prompts of {prompt} tokens, "
-        "responses half as "
-        f"long as --max-new-tokens, SFT on {GOOD:.0%} of the teacher's responses; held-out "
-        "evaluations are left out; nan: does not fit.", 100),
+        f"products per second, {BANDWIDTH:.0%} of its bandwidth; prompts of {prompt} tokens, "
+        f"responses half as long as --max-new-tokens, SFT on {GOOD:.0%} of the teacher's "
+        "responses; held-out evaluations are left out; nan: does not fit.", 100),
         " " * 8 + "".join(f"{card.name:>{width}}" for card in CARDS)]
     return "\n".join(lines + [f"{stage:8}" + "".join(f"{x:{width}.2g}" for x in row)
                               for stage, row in hours])
@@ -227,6 +233,7 @@ def table():
         peak = plan(stage, SIZES[name].shape, torch.bfloat16, batch=64, micro_batch=micro_batch,
                     slots=64, prompt=256, response=512)["peak"]
         return f"{peak / 1e9:.1f} ({next((gb for gb in GBS if peak <= gb * USED), 'none')})"
+
     rows = [[name, cell(name, "teacher", 1)] + [f"{cell(name, stage, 8)} / {cell(name, stage, 1)}"
                                                 for stage in LEARN]
             for name, size in SIZES.items() if size.as_student]

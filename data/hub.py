@@ -16,6 +16,7 @@ from nanodistill.presets import SIZES, STUDENTS
 from nanodistill.tokenizer import FILES as TOKENIZER_FILES
 from nanodistill.weights import INDEX, SINGLE
 
+
 WEIGHTS = "model*.safetensors"                                   # of the files on the hub
 TINY = Path(__file__).parent / "tiny"                            # folders "teacher" and "student"
 
@@ -28,10 +29,10 @@ def resolve(name, role, revision="", weights=True):
         role: the flag without its dashes: "student", "teacher" or "models".
         revision: branch, tag or commit on the hub; "" = its main branch.
         weights: False fetches config.json and the tokenizer's files alone. That is a cheap check
-            of access: it fails where the weights could not be had.
+            of access: it fails where the weights cannot be fetched either.
 
-    What is fetched is kept in the hub's cache (HF_HOME; HF_HUB_OFFLINE=1 reads that alone). Where
-    the hub fails, a whole copy in the cache is used, and a line says so.
+    What is fetched is kept in the hub's cache (HF_HOME; HF_HUB_OFFLINE=1 reads that alone). If the
+    hub fails and the cache has a whole copy, that is used, and a line says so.
     Raises SystemExit with at most three lines: what is wrong, the way out, what needs no access.
     """
     flag = f"--{role} {name}"
@@ -121,10 +122,10 @@ _silent = set()                                                  # endpoints tha
 def _ask(repository, revision):
     """The hub's ModelInfo of a repository: its commit, its files and their sizes.
 
-    Raises within seconds, whatever the network does: what huggingface_hub raises, also where the
-    files are not for us (anybody may list a gated repository), or TimeoutError. A socket's limit
-    is not enough: name servers and each of a host's addresses may let it pass once more. A hub
-    that did not answer in time is not asked again by this process.
+    Raises within seconds, whatever the network does: what huggingface_hub raises, or TimeoutError.
+    It asks for a file too, since anybody may list a gated repository. A socket's own limit is not
+    enough: a name server, and then each of a host's addresses, may take that long. A hub that did
+    not answer in time is not asked again by this process.
     """
     import httpx2
     from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url
@@ -180,7 +181,7 @@ def _cached(repository, revision):
 
 
 def _explain(error, asked, role, name, repository, revision, missing):
-    """(what is wrong, the way out): a line each. `asked`: the hub had answered before."""
+    """(what is wrong, the way out), one line each. `asked`: the hub had answered before."""
     from huggingface_hub import constants, errors, get_token
     page, flag = f"https://huggingface.co/{repository}", f"--{role} {name}"
     log_in = "hf auth login (or set HF_TOKEN)"
@@ -189,8 +190,9 @@ def _explain(error, asked, role, name, repository, revision, missing):
     status = getattr(getattr(error, "response", None), "status_code", 0)
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     if isinstance(error, errors.OfflineModeIsEnabled):
-        lacks = f"the copy of {repository} in the cache lacks {', '.join(missing[:3])}" if missing \
-            else f"{repository} is not in the cache ({constants.HF_HUB_CACHE})"
+        lacks = f"{repository} is not in the cache ({constants.HF_HUB_CACHE})"
+        if missing:
+            lacks = f"the copy of {repository} in the cache lacks {', '.join(missing[:3])}"
         return (f"{flag}: HF_HUB_OFFLINE is set, and {lacks}.",
                 "Unset it, and the same command downloads what is missing.")
     if isinstance(error, errors.GatedRepoError):

@@ -3,9 +3,9 @@ r"""One number in a text, as models and people write it: read whole, or not at a
     1,250.50  1 250,50  1.250,50  1'250  1_250  1,00,000  1,25  .5  1.5e3  1.5 × 10^3  10³
     3/4  \frac{3}{4}  3 1/2  3½  18 and a half  1.2 million  2k  $18  18 €  -$5  50%  (18)  **18**
 
-A comma before three digits parts thousands, one before one or two digits is decimal; a point alone
-is decimal. `50%` is 50: units do not count. Numbers in words (eighteen), sums that nobody worked
-out (2 + 3), ranges, lists, times and dates are not understood; nor is what has more than LONGEST
+A comma before three digits separates thousands; before one or two digits it is decimal. A point
+alone is decimal. `50%` is 50: units do not count. Not understood are numbers in words (eighteen),
+sums that nobody worked out (2 + 3), ranges, lists, times, dates, and what has more than LONGEST
 characters.
 """
 
@@ -13,9 +13,10 @@ import re
 import unicodedata
 from fractions import Fraction
 
+
 LONGEST = 120
 
-# Spellings that mean the same, made one: (pattern, what stands for it), from first to last.
+# Spellings that mean the same become one: (pattern, its replacement), applied in this order.
 FRACTION = r"[\u00bc-\u00be\u2150-\u215e]|\\[dtc]?frac"
 SAME = [(re.compile(pattern), same) for pattern, same in (
     (r"[\u2212\u2013\uff0d]", "-"), ("[\u2019\uff07]", "'"), ("[\uff0c\u066c]", ","),
@@ -32,7 +33,7 @@ SAME = [(re.compile(pattern), same) for pattern, same in (
 
 MONEY = r"(?:(?:US|R)?[$\u20ac\u00a3\u00a5\u20b9]|(?:USD|EUR|GBP|Rs\.?)\s)"
 START = re.compile(rf"([-+]?){MONEY}?\s?([-+]?)(?=\.?\d)")
-DIGITS = re.compile(r"\.?\d(?:[\d.,'_ ]*\d)?")                  # with all that may part them
+DIGITS = re.compile(r"\.?\d(?:[\d.,'_ ]*\d)?")                  # and what may separate them
 POINT = re.compile(r"""(?:\d+
     | [1-9]\d{0,2}(?:,\d{3})+ | [1-9]\d?(?:,\d\d)+,\d{3}                    # 1,250  1,00,000
     | [1-9]\d{0,2}([ '_])\d{3}(?:\1\d{3})* )?(?:\.\d+)?                     # 1 250  1'250
@@ -54,8 +55,9 @@ HALF = re.compile(r" and (?:a|one) half\b")
 END = re.compile(r"""[.!?](?=\s|$) | ;(?=\s*[^\W\d]) | \n | \s\((?!\s*(?:or|and|to|in)\b)
     | ,?\s+(?:since|because|which|where|so)\b
     | (?<=[a-z])\s+(?:in|for|at|on|from|within|during|after|every|each)\b""", re.VERBOSE)
-# A unit may stand right behind the digits, and then anything but these, which make it another
-# number (18 thousand, 18 or 20, 18 + x). One letter may be a factor: 18x is no number, 18 g is.
+# A unit may stand right behind the digits. Then anything may follow but OTHER, which makes it
+# another number (18 thousand, 18 or 20, 18 + x). One letter may be a factor: 18x is no number, 18 g
+# is one.
 UNIT = re.compile(r"(?![^\W_])|(?:[A-Za-z]{2,}|[gGhHsSlLCFWV])(?!\w)")
 OTHER = re.compile(r"""\d | [+^\\\u221a\u03c0\u5341\u767e\u5343\u4e07\u842c\u5104\u4ebf]
     | ^\s*[*:<>=\u00f7]\s*\w | (?<![^\W_]) (?:
@@ -68,7 +70,7 @@ OTHER = re.compile(r"""\d | [+^\\\u221a\u03c0\u5341\u767e\u5343\u4e07\u842c\u510
 
 
 def plain(text):
-    """`text` with other scripts' digits, LaTeX and typographic signs in their plain spelling."""
+    """`text` with digits of other scripts, LaTeX and typographic signs in plain spelling."""
     text = "\n".join("".join(str(unicodedata.decimal(c, c)) for c in text).splitlines())
     for pattern, same in SAME:
         text = pattern.sub(same, text)
@@ -76,8 +78,8 @@ def plain(text):
 
 
 def leading(text):
-    """(value, what follows it) of the number that plain `text` begins with. None: it begins with
-    none. (None, ""): with one that is not understood."""
+    """(value, what follows it) of the number that plain `text` begins with. None: it begins with no
+    number. (None, ""): it begins with one that is not understood."""
     start = START.match(text)
     if not start:
         return None
@@ -110,14 +112,14 @@ def leading(text):
 
 
 def written(value):
-    """A reduced fraction's text ("18", "-5", "3/4"); None: it is too long, or there is no value."""
+    """The text of a Fraction ("18", "-5", "3/4"); None if it is too long, or the value is None."""
     short = value is not None and max(abs(value.numerator), value.denominator) < 10**LONGEST
     return str(value) if short else None
 
 
 def stated(text):
-    """(is there one, its text or None) of the number that plain `text` states first. Where it
-    states an equation, that is the right side."""
+    """(is there one, its text or None) of the number that plain `text` states first. Of an equation
+    it is the right side."""
     left, equals, right = (text[:END.search(text + "\n").start()]).rpartition("=")
     if equals and re.search(r"[<>!]$|,\s|\b(?:and|or)\b", left):
         return True, None                                       # x >= 18; x = 3 and y = 5

@@ -1,6 +1,6 @@
 """What must be there before the first stage starts; and which stages that one will run.
 
-A run takes hours, so nothing that can be known at its beginning may stop it later: access to the
+A run takes hours, so what can be known at its beginning must not stop it later: access to the
 models, the task's rows, the server, the device, memory, disk, the run folder. `check` tries them
 all and lists all that is wrong.
 """
@@ -16,6 +16,7 @@ from data import TASKS, hub, server, task_of
 from data.dry_run import report
 from nanodistill import fit, run, weights
 from nanodistill.tokenizer import Tokenizer
+
 
 ORDER = ("teacher", "sft", "rm", "rl", "eval")
 USES = {"teacher": ("teacher",), "sft": ("student",), "rm": ("student",), "rl": ("student",),
@@ -33,7 +34,7 @@ def missing(stage, configs):
 
 
 def rows(config, split):
-    """The questions that a stage takes of a split."""
+    """The questions of a split that a stage uses."""
     return task_of(config).questions(split)[:config.questions or None]
 
 
@@ -42,7 +43,7 @@ def check(stage, configs):
     config, stages, problems = configs[stage], missing(stage, configs), []
 
     def attempt(function, *args):
-        """The function's value, or None and a problem more."""
+        """The function's value; or None, with one problem more."""
         try:
             return function(*args)
         except SystemExit as error:
@@ -86,7 +87,7 @@ def check(stage, configs):
             if name not in USES[s] and not getattr(config, "models", ""):
                 continue
             most = shape.max_position_embeddings - configs[s].max_new_tokens
-            fitting = [n for n in lengths if n <= most]          # the stages name the others
+            fitting = [n for n in lengths if n <= most]          # a stage names the others
             if not fitting:
                 problems.append(
                     f"{name}: its {shape.max_position_embeddings} positions hold no question "
@@ -122,20 +123,20 @@ def writable(folder):
 def disk(config, student, stages, download):
     """Problems of space: what is fetched goes to the hub's cache, what is trained to --out."""
     count = fit.parameters(weights.load_config(student)) if student else 0
-    # fp32 folders that stay, and the largest checkpoint beside them, twice while a new one is
-    # written beside the old: 4 bytes a parameter for the weights, 4 for the best ones, 8 for
-    # AdamW's moments; in PPO weights and moments of two models.
+    # The fp32 folders stay. Beside them is the largest checkpoint, twice while one is written. It
+    # has 4 bytes per parameter for the weights, 4 for the best ones and 8 for AdamW's moments; in
+    # PPO the weights and moments of two models.
     kept = 4 * count * len({"sft", "rm", "rl"} & set(stages))
-    resume = max([0] + [{"sft": 16, "rm": 16, "rl": 24}[s] * count
-                        for s in stages if s in ("sft", "rm", "rl")])
-    problems, places = [], {}
+    sizes = {"sft": 16 * count, "rm": 16 * count, "rl": 24 * count}
+    resume = max((sizes[s] for s in stages if s in sizes), default=0)
+    problems, disks = [], {}
     for path, size, what in ((Path(constants.HF_HUB_CACHE), download, "models to be fetched"),
                              (Path(config.out), kept + 2 * resume, "weights and checkpoints")):
         path = next(p for p in (path, *path.absolute().parents) if p.exists())
-        use = places.setdefault(os.stat(path).st_dev, [path, 0, []])
+        use = disks.setdefault(os.stat(path).st_dev, [path, 0, []])
         use[1] += size
         use[2].append(f"{size / 1e9:.1f} GB of {what}")
-    for path, size, parts in places.values():
+    for path, size, parts in disks.values():
         free = shutil.disk_usage(path).free
         if size > free:
             problems.append(f"the disk of {path} has {free / 1e9:.1f} GB free, and this run writes "

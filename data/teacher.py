@@ -1,22 +1,22 @@
-"""Samples the teacher and votes: n responses a question at several temperatures, a label for each.
+"""Samples the teacher and votes: n responses per question at several temperatures, each labelled.
 
-    python data/teacher.py                          the tiny teacher, 10 samples a question
+    python data/teacher.py                          the tiny teacher, 10 samples per question
     python data/teacher.py --temperatures 0.7,1.0 --min-agreement 0.5
     python data/teacher.py --student 1b --teacher-url http://host:8000/v1 --teacher-model NAME
 
-Reads the task's training questions (never their answers). Writes teacher.jsonl, one line a question
-as soon as its samples are complete, so that an interrupted run asks only for what is missing; and
-labels.jsonl, one line a question, made anew from teacher.jsonl each time. The temperatures are our
-choice; the paper says only that there are several.
+Reads the task's training questions (never their answers). Writes teacher.jsonl, one line per
+question as soon as its samples are complete, so that an interrupted run asks only for what is
+missing. Then writes labels.jsonl, one line per question, made anew from teacher.jsonl at each
+start. The temperatures are our choice; the paper says only that there are several.
 
-What to look at: the share of responses that were cut off, and of those that ended without an
-answer. Both are lost to the vote; more than a few say that --max-new-tokens is too small, or that
-the teacher does not answer in the task's form. Their texts are in teacher.jsonl.
+What to look at: how many responses were cut off, and how many ended without an answer. The vote
+can use neither. More than a few of the first say that --max-new-tokens is too small; of the second,
+that the teacher does not answer in the task's form. Their texts are in teacher.jsonl.
 
 With --teacher-url the teacher is whatever model an OpenAI-compatible server serves (its key in
-OPENAI_API_KEY). Each answer is on disk as it comes, in teacher.part.jsonl until its question is
-complete. What a server refuses counts as a response without an answer and is marked "failed", with
-the reason; server.py says what else can go wrong.
+OPENAI_API_KEY). Each answer is written to disk as it comes, to teacher.part.jsonl until its
+question is complete. What a server refuses counts as a response without an answer and is marked
+"failed", with the reason. server.py says what else can go wrong.
 """
 
 import gc
@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import hub, ready, server, task_of
@@ -62,6 +63,7 @@ class Config(Common):
         found = [f"--{name.replace('_', '-')} does nothing without --teacher-url"
                  for name in ("concurrency", "patience", "teacher_extra", "reasoning",
                               "retry_failed") if name in given and not self.teacher_url]
+        # What is not understood ends the run here, not when the first question is asked.
         for name, read, wants in (
                 ("temperatures", read_temperatures,
                  "numbers of at least 0 with commas between them, such as 0.7,1.0"),
@@ -87,9 +89,10 @@ def read_temperatures(text):
 
 
 def read_extra(text):
-    """--teacher-extra -> dict. Raises ValueError for what is no JSON object, or can't be served."""
+    """--teacher-extra -> dict. Raises ValueError for what is no JSON object, or can't be sent."""
     def no_number(name):
         raise ValueError(name)                                   # NaN, Infinity: not JSON
+
     extra = json.loads(text or "{}", parse_constant=no_number)
     if not isinstance(extra, dict) or "messages" in extra or extra.get("stream"):
         raise ValueError(text)
@@ -100,7 +103,7 @@ def read_extra(text):
 # ---- sampling ----
 
 def local(model, tokenizer, task, max_new_tokens, slots):
-    """A sampler for `collect`: the model in this process. Prompts it has no positions for fail."""
+    """A sampler for `collect`: the model in this process. What exceeds its positions fails."""
     def sampler(questions, temperatures, seed):
         prompts = {q["id"]: tokenizer.prompt_ids(task.prompt(q["question"])) for q in questions}
         positions = model.config.max_position_embeddings
@@ -128,30 +131,31 @@ RESPONSE = {"text": str, "temperature": (int, float), "ended": bool, "answer": (
 def read_rows(path, keep_tokens=False):
     """{question id: row} of what `collect` wrote; of rows with the same id the first counts.
 
-    Raises SystemExit that names file and line of a row that it did not write.
+    Raises SystemExit that names file and line of a row that `collect` did not write.
     """
     shape, rows = RESPONSE | ({"tokens": list} if keep_tokens else {}), {}
-    for n, row in enumerate(run.read_jsonl(path), 1):
-        server.check_row(f"{path}, line {n},", row, ROW)
+    for i, row in enumerate(run.read_jsonl(path)):
+        server.check_row(path, i, row, ROW)
         for response in row["responses"]:
-            server.check_row(f"{path}, line {n}, a response,", response, shape)
+            server.check_row(path, i, response, shape, " a response,")
         rows.setdefault(row["id"], row)
     return rows
 
 
 def collect(path, questions, task, sampler, temperatures, description, keep_tokens=False):
-    """Sample each question once at each of `temperatures`, appending a line a question to `path`
-    as soon as it is complete.
+    """Sample each question once at each of `temperatures`. Append one line per question to `path`,
+    as soon as its samples are complete.
 
     Args:
         sampler: `sampler(questions, temperatures, seed)` yields (question id, index into
-            temperatures, {"text", "ended"} and, of a sample that was not to be had, "failed": why,
-            its tokens: a list of ids, or what has their count as its length); or None, where
-            nothing has come for a moment. A sample follows from seed, id and index alone.
+            temperatures, response, tokens), or None where nothing has come for a moment. A
+            response is {"text", "ended"}, with "failed": why, if there is no sample. `tokens` is a
+            list of ids, or anything as long as that. A sample follows from seed, id and index
+            alone.
         keep_tokens: each response has "tokens" too, the ids that were sampled.
     Questions that the file already has are not asked again. Prints the `shares` of the whole.
     Returns the rows {"id", "question", "responses"} in the order of `questions`. Ctrl-C ends the
-    program with what is complete on disk.
+    program; what is complete is on disk.
     """
     rows = read_rows(path, keep_tokens)
     if any([r["temperature"] for r in row["responses"]] != temperatures for row in rows.values()):
@@ -160,8 +164,9 @@ def collect(path, questions, task, sampler, temperatures, description, keep_toke
     asked = {q["id"]: q["question"] for q in questions}
     other = [id_ for id_, row in rows.items() if row["question"] != asked.get(id_, row["question"])]
     if other:
-        sys.exit(f"{path} holds another text of question {other[0]} than is asked now ({len(other)} "
-                 "differ). Give another --out, or delete it and what was made from it.")
+        sys.exit(f"{path} holds another text of question {other[0]} than is asked now "
+                 f"({len(other)} differ). Give another --out, or delete it and what was made from "
+                 "it.")
     todo = {q["id"]: q for q in questions if q["id"] not in rows}
     append, waiting, spent, begun = run.Appender(path), {}, 0, time.monotonic()
     bar = run.Bar(total=len(questions), initial=len(questions) - len(todo), desc=description,
@@ -170,18 +175,20 @@ def collect(path, questions, task, sampler, temperatures, description, keep_toke
     with run.interruptible() as stop, bar, closing(samples):
         for sample in samples:
             if stop():
-                # Else Python takes a second more to leave, for a last look at all that torch made.
+                # Spares a second at exit: the last garbage collection skips all that torch made.
                 gc.freeze()
                 sys.exit(f"stopped: {len(rows)} questions are in {path}; the same command goes on")
             if sample is None:
                 continue
             id_, j, response, tokens = sample
             text, ended = response["text"], response["ended"]
-            waiting.setdefault(id_, {})[j] = {
-                "text": text, "temperature": temperatures[j], "ended": ended,
-                "answer": task.extract_answer(text, todo[id_]["question"]) if ended else None,
-                **{key: response[key] for key in ("failed",) if key in response},
-                **({"tokens": list(tokens)} if keep_tokens else {})}
+            answer = task.extract_answer(text, todo[id_]["question"]) if ended else None
+            kept = {"text": text, "temperature": temperatures[j], "ended": ended, "answer": answer}
+            if "failed" in response:
+                kept["failed"] = response["failed"]
+            if keep_tokens:
+                kept["tokens"] = list(tokens)
+            waiting.setdefault(id_, {})[j] = kept
             spent += len(tokens)
             if len(waiting[id_]) == len(temperatures):
                 responses = waiting.pop(id_)
@@ -197,8 +204,8 @@ def collect(path, questions, task, sampler, temperatures, description, keep_toke
 
 
 def shares(rows):
-    """Of the responses in rows of `collect`: {"cut_off", "no_answer", "failed"}, the shares of
-    those that were cut off, that ended without an answer, and that were not to be had."""
+    """Of the responses in rows of `collect`: {"cut_off", "no_answer", "failed"}, the fraction that
+    was cut off, the fraction that ended without an answer, and the fraction that failed."""
     responses = [r for row in rows for r in row["responses"]]
     failed = sum("failed" in r for r in responses)
     counts = {"cut_off": sum(not r["ended"] for r in responses) - failed,
@@ -212,16 +219,18 @@ def show(rows, path, description):
     share = shares(rows)
     print(f"{description}: {share['cut_off']:.1%} of the responses were cut off, "
           f"{share['no_answer']:.1%} ended without an answer")
-    advice = [words for name, words in (
-        ("cut_off", "more --max-new-tokens would let more of them end"),
-        ("no_answer", f"look at texts in {path}: an answer is found only in the form that the "
-                      "task asks for")) if share[name] > 0.1]
+    advice = []
+    if share["cut_off"] > 0.1:
+        advice.append("more --max-new-tokens would let more of them end")
+    if share["no_answer"] > 0.1:
+        advice.append(f"look at texts in {path}: an answer is found only in the form that the "
+                      "task asks for")
     if advice:
         print(f"{description}: {'; '.join(advice)}")
     failed = {row["id"]: r["failed"] for row in rows for r in row["responses"] if "failed" in r}
     if failed:
         named = "; ".join(f"{id_} ({why})" for id_, why in list(failed.items())[:3])
-        count = f"{len(failed)} question{'s' * (len(failed) > 1)}"
+        count = "1 question" if len(failed) == 1 else f"{len(failed)} questions"
         print(f"{description}: {share['failed']:.1%} of the responses, to {count}, were not to be "
               f"had: {named}{'; ...' if len(failed) > 3 else ''}")
 
@@ -247,7 +256,7 @@ def reopen(path, journal):
 def label(rows, folder, min_agreement):
     """Vote over the answers in each row, write labels.jsonl and return the votes.
 
-    Raises SystemExit, without labels.jsonl, where that drops every question.
+    Raises SystemExit, and leaves no labels.jsonl, if the vote drops every question.
     """
     votes, lines = [], []
     for row in rows:
@@ -273,7 +282,7 @@ def main(argv=None):
     if config.dry_run:
         return print(ready.dry_run("teacher", configs))
     ready.check("teacher", configs)
-    # Asked for once: settings.json does not hand it on to the next start.
+    # It holds for this start alone: settings.json does not hand it on to the next.
     retry_failed, config.retry_failed = config.retry_failed, False
     folder, device, dtype = run.start(configs, "teacher")
     task = task_of(config)
@@ -309,7 +318,7 @@ def main(argv=None):
                            config.max_new_tokens, jobs=len(questions) * config.samples).slots
         sampler = local(weights.load(source, device=device, dtype=dtype), tokenizer, task,
                         config.max_new_tokens, slots)
-    # The vote is of all questions: until they are there, no stage may take an earlier one for it.
+    # The vote is over all questions. Until they are sampled, no stage may use an earlier vote.
     (folder / "labels.jsonl").unlink(missing_ok=True)
     rows = collect(path, questions, task, sampler, temperatures, "teacher")
     share = shares(rows)

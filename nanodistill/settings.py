@@ -1,10 +1,10 @@
 """A run's settings: a stage's dataclass -> command-line flags, the dial of sizes, settings.json.
 
 `parse` makes flags of a stage's Config: its own as they are, those of the stages that it may have
-to run first behind that stage's name (`--rm.samples 8`). A value is, in this order: what is given
-on the command line; what settings.json in the run folder says, so that a stage started later takes
+to run first behind that stage's name (`--rm.samples 8`). A value is the first of these: what the
+command line gives; what settings.json in the run folder says, so that a stage started later uses
 the same; what the student's size means (presets.py); the field's default. Work that was made with
-other settings than are asked for is never gone on with: an error names what differs.
+other settings than are asked for is never continued: an error names what differs.
 """
 
 import argparse
@@ -13,11 +13,13 @@ import datetime
 import difflib
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
 from nanodistill import presets
 from nanodistill.weights import write_atomic
+
 
 # What each stage makes, and which of the stage's settings it depends on besides those of the whole
 # run; None: on all of them.
@@ -61,9 +63,9 @@ class Common:
     teacher_model: str = flag("", "its name on that server", run_wide=True)
     task: str = flag(None, "what is asked; not given: arithmetic of tiny, gsm8k of all others",
                      ("arithmetic", "gsm8k", "mmlu_pro"), run_wide=True)
-    data: str = flag("", "own questions: a .jsonl file with a `question` a line, or a folder with "
-                     "train.jsonl and, to be scored, test.jsonl with an `answer` a line; not "
-                     "given: the task's published rows", run_wide=True)
+    data: str = flag("", "own questions: a .jsonl file with one `question` per line, or a folder "
+                     "with train.jsonl and, to be scored, test.jsonl with one `answer` per line; "
+                     "not given: the task's published rows", run_wide=True)
     date: str = flag(None, "what chat templates that print today's date are given, such as "
                      "2026-01-31; not given: the day the run began", run_wide=True)
     seed: int = flag(1, "samples, order of the batches, and the embedded task's questions",
@@ -119,14 +121,18 @@ def arguments(stage, stages, doc):
             columns = ", ".join(f"{c} {v}" for c, v in zip(presets.COLUMNS, row or ()))
             default = f"by size: {columns}" if row else f"default: {field.default}"
             shown = default if field.default not in (None, "") or row else ""
-            help = (field.metadata["help"] + f" ({shown})" * bool(shown)).replace("%", "%%")
-            choices = field.metadata["choices"]
-            kind = {"metavar": "|".join(choices) if choices else field.type.__name__.upper()}
+            help, choices = field.metadata["help"], field.metadata["choices"]
+            if shown:
+                help += f" ({shown})"
             if field.type is bool:
-                kind = {"action": argparse.BooleanOptionalAction}
+                takes = {"action": argparse.BooleanOptionalAction}
+            elif choices:
+                takes = {"metavar": "|".join(choices)}
+            else:
+                takes = {"metavar": field.type.__name__.upper()}
+            help = help.replace("%", "%%") if s == stage else argparse.SUPPRESS
             parser.add_argument(option(s, stage, field.name), dest=f"{s} {field.name}",
-                                default=argparse.SUPPRESS,
-                                help=help if s == stage else argparse.SUPPRESS, **kind)
+                                default=argparse.SUPPRESS, help=help, **takes)
     return parser
 
 
@@ -166,7 +172,8 @@ def read_command_line(stage, stages, doc, argv):
     for text in (u.partition("=")[0] for u in unknown):
         elsewhere = [f for f in flags if f.partition(".")[2] == text.lstrip("-")]
         near = elsewhere or difflib.get_close_matches(text, flags, 1)
-        problems.append(f"{text}: there is no such flag" + f"; {' or '.join(near)}?" * bool(near))
+        guess = f"; {' or '.join(near)}?" if near else ""
+        problems.append(f"{text}: there is no such flag{guess}")
     # A flag that every stage has goes to all of them, unless one got its own.
     for name in COMMON:
         if (stage, name) in given:
@@ -181,17 +188,24 @@ def dial(given):
     """What the run-wide flags given mean for those that were not: {name: (value, reason)}."""
     student, url = given.get("student", "tiny"), given.get("teacher_url")
     size, derived = presets.SIZES.get(student), {}
-    if "task" not in given:
-        derived["task"] = ("gsm8k", "own questions are asked as GSM8K's are") if given.get("data") \
-            else ("arithmetic", "what the tiny models were made for") if student == "tiny" \
-            else ("gsm8k", "the task of every student but tiny")
-    if "teacher" not in given:
-        taught = "tiny" if student == "tiny" else size.teacher if size else ""
-        derived["teacher"] = ("", "it is behind a server") if url else (taught, f"{student}'s own")
-        if taught in presets.SIZES and not url:
-            derived["teacher"] = taught, f"{student}'s own: {presets.SIZES[taught].repository}"
+    if given.get("data"):
+        derived["task"] = "gsm8k", "own questions are asked as GSM8K's are"
+    elif student == "tiny":
+        derived["task"] = "arithmetic", "what the tiny models were made for"
+    else:
+        derived["task"] = "gsm8k", "the task of every student but tiny"
+    if url:
+        derived["teacher"] = "", "it is behind a server"
+    elif student == "tiny":
+        derived["teacher"] = "tiny", "tiny's own"
+    elif size and size.teacher:
+        repository = presets.SIZES[size.teacher].repository
+        derived["teacher"] = size.teacher, f"{student}'s own: {repository}"
+    else:
+        derived["teacher"] = "", f"{student}'s own"
+    derived = {name: value for name, value in derived.items() if name not in given}
     task = given.get("task") or derived["task"][0]
-    # The folder's name has what tells this run from another: task or data, student, teacher, seed.
+    # The folder's name tells this run from others: task or data, student, teacher, seed.
     parts = [Path(given["data"]).stem if given.get("data") else task]
     if given.get("models"):
         parts.append("+".join("-".join(Path(m).parts[-2:]) for m in given["models"].split(",")))
@@ -208,7 +222,7 @@ def dial(given):
 
 
 def idle(given, values):
-    """Problems of the run-wide flags: what is missing, and what would do nothing."""
+    """Problems of the run-wide flags: what is missing or wrong, and what would do nothing."""
     student, teacher, url = values["student"], values["teacher"], values["teacher_url"]
     if "models" in given:
         needless = [f for f in ("student", "revision", "teacher", "teacher_revision",
@@ -232,6 +246,10 @@ def idle(given, values):
         ("teacher" in given and url, "--teacher and --teacher-url: it can't be both"),
         (url and not url.startswith(("http://", "https://")),
          f"--teacher-url {url}: an address begins with http:// or https://"),
+        # The message does not repeat the address: it may go to a log.
+        (url and re.match(r"\w+://[^/?#]*@", url), "--teacher-url: a user or password in the "
+         "address would be written to settings.json. Leave it out, and put the key into "
+         "OPENAI_API_KEY (of HTTP's basic authentication: Basic and the base64 of user:password)"),
         (url and not values["teacher_model"], "--teacher-url needs --teacher-model: the model's "
          "name on that server"),
         ("teacher_model" in given and not url, "--teacher-model does nothing without "
@@ -275,7 +293,7 @@ def conflicts(folder, stage, configs, saved):
     for s in MADE:
         config = configs.get(s, configs[stage])
         for path in made(folder, s) if s in saved else ():
-            # The vote is cheap and taken anew each time, as long as nothing was trained on it.
+            # The vote is cheap, and repeated at each start until something was trained on it.
             if path.name == "labels.jsonl" and stage == "teacher" and not made(folder, "sft"):
                 continue
             own = MADE[s][path.name]
@@ -296,25 +314,25 @@ def save(folder, stage, configs):
     asked = configs[stage]
     run_wide = [f.name for f in dataclasses.fields(Common)
                 if f.metadata["run_wide"] and f.metadata["result"]]
-    # A section of another run that once had this folder, and left no work in it, goes.
+    # A section that another run left in this folder, without any work, is dropped.
     saved = {s: values for s, values in load(folder).items()
              if s in configs or all(values.get(k, getattr(asked, k)) == getattr(asked, k)
                                     for k in run_wide)}
     for s, config in configs.items():
-        # What an older program or another folder's files were made with is not known.
+        # Of a stage that made something, but has no section, the settings are not known.
         if s == stage or s in saved or not made(folder, s):
             saved[s] = {k: v for k, v in vars(config).items() if k not in ("out", "dry_run")}
     write_atomic(Path(folder) / "settings.json", json.dumps(saved, indent=1) + "\n")
 
 
 def parse(stage, stages, doc, argv=None):
-    """Command line -> {stage: config} of this stage and of those it may have to run.
+    """Command line -> {stage: config} of this stage and of those that it may have to run first.
 
     Args:
         stages: {"teacher": data.teacher.Config, ...}, with `stage` among them.
         doc: the script's docstring, which --help shows.
     Raises:
-        SystemExit: with everything that is wrong, a line each.
+        SystemExit: with all that is wrong, one line each.
     """
     given, problems = read_command_line(stage, stages, doc, argv)
     own = {name: value for (s, name), value in given.items() if s == stage}
@@ -323,7 +341,7 @@ def parse(stage, stages, doc, argv=None):
         saved = load(folder)
     except ValueError as error:
         saved, problems = {}, [*problems, str(error)]
-    # A folder without work of its own may be given to another run, whose settings follow anew.
+    # A folder in which nothing was made yet may be given to another run, with settings of its own.
     named = next(iter(saved.values()), {})
     same = all(named.get(k, own[k]) == own[k] for k in ("student", "teacher", "task") if k in own)
     if not same and not any(made(folder, s) for s in MADE):
@@ -337,15 +355,20 @@ def parse(stage, stages, doc, argv=None):
     for s, config in stages.items():
         values = {}
         for field in dataclasses.fields(config):
-            name, by_size = field.name, f"{s}.{field.name}"
+            name = field.name
             before = saved.get(s, named if name in run_wide else {})
-            by_size = by_size if by_size in column else name if name in column else None
-            values[name], reasons[s, name] = (
-                (given[s, name], "given") if (s, name) in given else
-                (before[name], "settings.json") if name in before else
-                derived[name] if name in derived else
-                (column[by_size], f"for {known.get('student', 'tiny')}") if by_size else
-                (field.default, ""))
+            by_size = next((key for key in (f"{s}.{name}", name) if key in column), None)
+            if (s, name) in given:
+                value, reason = given[s, name], "given"
+            elif name in before:
+                value, reason = before[name], "settings.json"
+            elif name in derived:
+                value, reason = derived[name]
+            elif by_size:
+                value, reason = column[by_size], f"for {known.get('student', 'tiny')}"
+            else:
+                value, reason = field.default, ""
+            values[name], reasons[s, name] = value, reason
         configs[s] = config(**values)
     problems += idle(own, vars(configs[stage]))
     for s, config in configs.items():
@@ -364,7 +387,7 @@ def show(stage, configs, reasons):
     for s, config in configs.items():
         for field in dataclasses.fields(config):
             value, reason = getattr(config, field.name), reasons[s, field.name]
-            # Of another stage only what was given for it: it prints its own when it runs.
+            # Another stage prints its settings when it runs; here only what was given for it.
             told = s == stage or reason == "given" and field.name not in COMMON
             if told and reason and value != field.default:
                 print(f"  {option(s, stage, field.name):26} {value!s:34} {reason}")

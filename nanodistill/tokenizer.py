@@ -1,7 +1,8 @@
 """Text to token ids and back: an HF folder's tokenizer.json, its chat template and its stop tokens.
 
-What a model is asked comes from data, and data may contain the text of a special token ("<|eot_id|>"). Such text stays text:
-only the chat template's own special tokens become special. Templates come from outside too and are rendered in Jinja's sandbox.
+Questions come from data, and data may contain the text of a special token ("<|eot_id|>"). Such text
+stays text: only the chat template's own special tokens become special. Templates come from outside
+too, and are rendered in Jinja's sandbox.
 """
 
 import copy
@@ -13,14 +14,17 @@ from pathlib import Path
 
 from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import AddedToken, Tokenizer as HFTokenizer
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as HFTokenizer
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+         "chat_template.jinja", "generation_config.json")
 
 
 def read_json(path):
-    """The object in a JSON file; {} if there is none. Raises ValueError that names the file: no
-    JSON (NaN is none), no object, a key twice in one object."""
+    """The object in a JSON file; {} if there is no file. Raises ValueError that names the file: it
+    is not JSON (NaN is not), is no object, or has a key twice in one object."""
     def once(pairs):
         if len(dict(pairs)) < len(pairs):
             raise ValueError(f"a key stands twice: {[key for key, _ in pairs]!r:.200}")
@@ -40,26 +44,32 @@ class Tokenizer:
     """The tokenizer of an HF folder.
 
     `date` ("2026-11-25") is the day that templates print; None: today.
-    `eos_ids` list[int]: what ends a response, first the one that training appends: the template's
-    end of turn. The others from generation_config.json, else config.json.
-    `pad_id` int: fills the batch on the right; never one of `eos_ids`, so that ending a response is learned and scored.
-    Raises FileNotFoundError if the folder has no tokenizer.json; ValueError that names the file: it
-    is damaged, no stop token is named, the model has no row for a token, or the template fails on a
-    question or leaves it out. A template that loops for ever is not found out.
+    `eos_ids` list[int]: what ends a response. First the one that training appends, which is the
+    template's end of turn; then those of generation_config.json, else of config.json.
+    `pad_id` int: fills the batch on the right. It is never one of `eos_ids`, so that the end of a
+    response is learned and scored.
+
+    Raises:
+        FileNotFoundError: the folder has no tokenizer.json.
+        ValueError: names a file that is damaged; or no stop token is named, the model has no row
+            for a token, or the template fails on a question or leaves it out. A template that
+            loops for ever is not found out.
     """
 
     def __init__(self, folder, date=None):
         self.folder = folder = Path(folder)
         path, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
         if not path.exists():
-            raise FileNotFoundError(f"{folder}: no tokenizer.json. Convert the model's tokenizer with transformers' save_pretrained first.")
+            raise FileNotFoundError(f"{folder}: no tokenizer.json. Convert the model's tokenizer "
+                                    "with transformers' save_pretrained first.")
         try:
             self.tokenizer = HFTokenizer.from_file(str(path))
         except Exception as error:                               # it has no type of its own
             raise ValueError(f"{path} is no tokenizer: {error!r:.300}") from None
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
-        self.tokenizer.encode_special_tokens = True              # from here on `encode` reads "<|eot_id|>" as text
+        # Despite its name: from here on `encode` reads "<|eot_id|>" as text.
+        self.tokenizer.encode_special_tokens = True
         config, shape = read_json(settings), read_json(folder / "config.json")
         if "added_tokens_decoder" not in config:                 # as transformers reads old folders
             config |= read_json(folder / "special_tokens_map.json")
@@ -75,7 +85,8 @@ class Tokenizer:
         self._names(ids)
 
         self.source = folder / "chat_template.jinja"
-        self.source = self.source if self.source.exists() else settings
+        if not self.source.exists():
+            self.source = settings
         template, self.template, end = config.get("chat_template"), None, None
         if template is not None or self.source != settings:
             now = datetime.fromisoformat(date) if date else datetime.now()
@@ -83,22 +94,35 @@ class Tokenizer:
             if self.mark not in self.render(self.mark):
                 raise ValueError(f"{self.source}: the chat template leaves the question out")
             turns = self._render([("user", "Q"), ("assistant", self.mark)], False)
-            end = re.search(self.special, turns.partition(self.mark)[2])     # closes an answer
+            # The first special token behind an answer closes it.
+            end = re.search(self.special, turns.partition(self.mark)[2])
 
+        # The stop tokens: of generation_config.json, else of config.json, else the eos_token.
         eos = self.special_ids.get(self.named.get("eos_token"))
-        path = next((path for path in (folder / "generation_config.json", folder / "config.json")
-                     if read_json(path).get("eos_token_id") is not None), settings)
-        stops = eos if path == settings else read_json(path)["eos_token_id"]
-        stops = stops if isinstance(stops, list) else [stops] * (stops is not None)
+        for path in (folder / "generation_config.json", folder / "config.json"):
+            stops = read_json(path).get("eos_token_id")
+            if stops is not None:
+                break
+        else:
+            path, stops = settings, eos
+        if stops is None:
+            stops = []
+        elif not isinstance(stops, list):
+            stops = [stops]
         wrong = [i for i in stops if type(i) is not int or i not in ids]
         if wrong or ids <= set(stops):
             raise ValueError(f"{path}: eos_token_id {wrong or stops}: no tokens, or all there are")
-        first = [self.special_ids[end[0]]] if end else [eos] if eos in stops else []
-        self.eos_ids = list(dict.fromkeys(first + stops))
-        if not self.eos_ids:
-            raise ValueError(f"{folder}: no eos_token_id in generation_config.json or config.json: nothing would end a response.")
+        # Training appends the first: what closes an answer, else the eos_token if it is among them.
+        if end:
+            stops = [self.special_ids[end[0]], *stops]
+        elif eos in stops:
+            stops = [eos, *stops]
+        if not stops:
+            raise ValueError(f"{folder}: no eos_token_id in generation_config.json or config.json: "
+                             "nothing would end a response.")
+        self.eos_ids = list(dict.fromkeys(stops))
 
-        # A token that stands in prompts would be taken for padding by others' programs.
+        # Other programs find padding by its id, so a token that prompts hold is taken last.
         prompt, pads = self.prompt_ids("Q"), [self.special_ids.get(self.named.get("pad_token"))]
         if self.mark in self.decode(prompt):
             raise ValueError(f"{folder / 'tokenizer.json'}: the special tokens of a prompt are not "
@@ -107,8 +131,9 @@ class Tokenizer:
         self.pad_id = next(i for i in pads if i is not None and i not in self.eos_ids)
 
     def _names(self, ids):
-        """`special_ids` {text: id}, and what lets the library encode a prompt as a whole: the
-        template's special tokens go under second names, which no text from data can guess."""
+        """Set `special_ids` {text: id}, and give each special token a second name, which no text
+        from data can guess. So a whole prompt can be encoded at once: in it the template's special
+        tokens have these names, and the data's text has none."""
         tokens = self.tokenizer.get_added_tokens_decoder         # () -> {id: AddedToken}
         marked = {token.content for token in tokens().values() if token.special}
         self.tokenizer.add_special_tokens([                      # named, but not marked as special
@@ -128,8 +153,8 @@ class Tokenizer:
                           for text, alias in self.alias.items()}
 
     def files(self):
-        """{name: bytes or text} of a folder with this tokenizer, in which others' programs find the
-        stop tokens and the padding that this one takes."""
+        """{name: bytes or text}: the files of a folder with this tokenizer, in which other programs
+        find the same stop tokens and the same padding."""
         files = {name: (self.folder / name).read_bytes() for name in FILES
                  if (self.folder / name).exists()}
         changes, same = {"generation_config.json": {"eos_token_id": self.eos_ids}}, copy.copy(self)
@@ -163,7 +188,8 @@ class Tokenizer:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def render(self, message):
-        """The prompt as text: the chat template with one user message and the opening of the answer; BOS + message without one."""
+        """The prompt as text: the chat template with one user message and the opening of the
+        answer; without a template BOS and the message."""
         if self.template is None:
             return self.named.get("bos_token", "") + message
         return self._render([("user", message)], True)
@@ -175,19 +201,21 @@ class Tokenizer:
         rendered. Then every special token in the rendered text is the template's.
         """
         if self.template is None:
-            bos = self.special_ids.get(self.named.get("bos_token"))
-            return [bos] * (bos is not None) + self.encode(message)
+            bos, ids = self.special_ids.get(self.named.get("bos_token")), self.encode(message)
+            return ids if bos is None else [bos, *ids]
         names = list(self.alias)
         text = re.sub(self.special, lambda m: f"{self.mark}{names.index(m[0]):06}", message)
-        text = re.sub(f"{self.mark}(\\d{{6}})|{self.special}", lambda m:
-                      names[int(m[1])] if m[1] else self.alias[m[0]], self.render(text))
+        text = re.sub(f"{self.mark}(\\d{{6}})|{self.special}",
+                      lambda m: names[int(m[1])] if m[1] else self.alias[m[0]], self.render(text))
         return [self.alias_ids.get(i, i) for i in self.encode(text)]
 
 
 def _compile(path, template, now):
-    """A Jinja template as transformers renders them, in the sandbox that forbids attribute tricks and changes to its inputs.
+    """The chat template, compiled as transformers does, in the sandbox that forbids access to
+    Python's internals and changes to its inputs.
 
-    From `path` if that is a .jinja file, else `template`: one, or several with names.
+    It is read from `path` if that is a .jinja file; else it is `template`: one text, or several
+    with names, of which "default" counts.
     """
     def raise_exception(message):
         raise TemplateError(message)
@@ -196,7 +224,8 @@ def _compile(path, template, now):
         return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
                           sort_keys=sort_keys)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = now.strftime
@@ -209,7 +238,7 @@ def _compile(path, template, now):
             if "default" not in template:
                 raise ValueError(f"none is named default, but {', '.join(map(str, template))}")
             template = template["default"]
-        # Training tells answers by `generation` blocks; here they are a scope like any other.
+        # `generation` blocks mark answers for training; here they are a scope like any other.
         template = re.sub(r"({%[-+]?\s*(?:end)?)generation(\s*[-+]?%})", r"\1with\2", template)
         return environment.from_string(template)
     except Exception as error:

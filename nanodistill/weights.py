@@ -1,10 +1,10 @@
 """An HF folder in, an HF folder out: config.json, safetensors (one file, or shards with an index),
 tokenizer files.
 
-`load` is a copy by name: a key that is missing, left over or of the wrong shape is an error that
-names it. Weights are read tensor by tensor into their place, and never unpickled. `save` writes what
-transformers loads as its model of the same family; each file is complete or absent, and the weights
-come last, so a folder with weights is whole.
+`load` copies by name: a key that is missing, left over or of the wrong shape is an error that names
+it. Weights are read one tensor at a time, and never unpickled. `save` writes what transformers
+loads as its model of the same family. Each file is complete or absent, and the weights come last,
+so a folder with weights is whole.
 """
 
 import contextlib
@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from nanodistill.model import CausalLM, Config, ScalarModel
-from nanodistill.tokenizer import FILES as TOKENIZER_FILES, Tokenizer, read_json
+from nanodistill.tokenizer import Tokenizer, read_json
+
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -30,8 +31,9 @@ def write_atomic(path, data):
 
 
 def _write(folder, files, stale=()):
-    """Write {name: text, bytes or {key: tensor}} into a folder, all beside their places first: what
-    was there stays if they cannot be. Then the paths `stale` go, and each file takes its place."""
+    """Write {name: text, bytes or {key: tensor}} into a folder. All are written under temporary
+    names first: if that fails, what was there stays. Then the paths `stale` are deleted and the new
+    files renamed."""
     beside = {folder / (name + ".partial"): name for name in files}
     try:
         for path, data in zip(beside, files.values()):
@@ -88,10 +90,11 @@ def load_config(folder):
         raise ValueError(f"{path}: its rope_scaling is not an object: {rope!r}")
     rope = {key: value for key, value in rope.items() if value is not None}
     family, positions = raw.get("model_type"), raw.get("max_position_embeddings", 2048)
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
     wrong = [f"{key} = {raw[key]!r}" for key, known in KNOWN.items()
              if key in raw and raw[key] not in known]
-    wrong += [f"rope_type = {kind!r}"] * (kind not in ("default", "llama3"))
+    if rope_type not in ("default", "llama3"):
+        wrong.append(f"rope_type = {rope_type!r}")
     wrong += [f"rope {key}" for key in sorted(rope.keys() - ROPE)]
     layers = raw.get("layer_types", [])
     layers = {*map(str, layers if isinstance(layers, list) else [layers])}
@@ -103,9 +106,10 @@ def load_config(folder):
         raise ValueError(f"{path} asks for what this model does not do: "
                          f"{', '.join(wrong) or 'it names no model_type'}")
 
-    if family == "llama":                                        # where no key-value heads mean
-        raw.setdefault("num_key_value_heads", raw.get("num_attention_heads"))    # all of them
-    stretch = STRETCH if kind == "llama3" else ()
+    # A llama that names no key-value heads has as many as attention heads.
+    if family == "llama":
+        raw.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
+    stretch = STRETCH if rope_type == "llama3" else ()
     missing = [key for key in SHAPE if key not in raw]
     missing += [f"{key} of rope_scaling" for key in stretch if key not in rope]
     if missing:
@@ -143,8 +147,10 @@ def _within(value, low, high=1e30):
 # ---- weights ----
 
 def _files(folder):
-    """{parameter name: file} of a folder, from its index or its single file. No file may lie
-    outside the folder, and each is as long as its own header says."""
+    """{parameter name: file} of a folder, from its index or its single file.
+
+    Raises ValueError where a file lies outside the folder, or is not as long as its header says.
+    """
     index, held = folder / INDEX, {}                             # {file name: its parameters}
     if not index.exists() and not (folder / SINGLE).exists():
         raise FileNotFoundError(f"{folder}: neither {SINGLE} nor {INDEX}")
@@ -203,9 +209,11 @@ def load(folder, kind=CausalLM, device="cpu", dtype=torch.float32):
     missing = sorted(wanted.keys() - files.keys() - optional)
     unused = sorted(name for name in files.keys() - wanted.keys() if not (
         name == "lm_head.weight" and fresh_head or name.endswith("rotary_emb.inv_freq")))
-    problems = [f"missing {', '.join(missing)}"] * bool(missing)
-    problems += [f"unused {', '.join(unused)}"] * bool(unused)
-    loaded = {}
+    problems, loaded = [], {}
+    if missing:
+        problems.append(f"missing {', '.join(missing)}")
+    if unused:
+        problems.append(f"unused {', '.join(unused)}")
     for path in sorted(set(files.values())):
         with safe_open(path, "pt") as file:
             for name in (n for n, p in files.items() if p == path and n in wanted):
@@ -218,7 +226,8 @@ def load(folder, kind=CausalLM, device="cpu", dtype=torch.float32):
                     problems.append(f"{name} has shape {tuple(tensor.shape)}, "
                                     f"not {tuple(wanted[name].shape)}")
                 loaded[name] = tensor = tensor.to(device, dtype)
-                # A number that is not finite spoils the sum, which is quick; so may too large ones.
+                # The sum is quick, and a number that is not finite spoils it. But large finite ones
+                # may overflow it too, so then each is looked at.
                 if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
                     problems.append(f"{name} holds NaN or infinite numbers")
     pair = [loaded[name] for name in ("lm_head.weight", "model.embed_tokens.weight")
@@ -239,11 +248,11 @@ def load(folder, kind=CausalLM, device="cpu", dtype=torch.float32):
 
 def save(model, folder, tokenizer_from, dtype=None, shard_bytes=5 * 10**9):
     """Write `model` as an HF folder, with the tokenizer files of the folder `tokenizer_from`. They
-    name the stop tokens and the padding that our Tokenizer takes, so that others' programs do too.
+    name the stop tokens and the padding of our Tokenizer, so that other programs use the same.
 
     `dtype` torch.bfloat16 stores the weights in bf16. Above `shard_bytes` they go into several
-    files with an index. If the writing fails, the weights that were there stay; if it is cut off
-    while the new ones take their places, the folder is not `complete`.
+    files with an index. If writing fails, the weights that were there stay. If it is cut off while
+    the new files are renamed, the folder is not `complete`.
     """
     folder, source, config = Path(folder), Path(tokenizer_from), model.config
     folder.mkdir(parents=True, exist_ok=True)
@@ -255,9 +264,9 @@ def save(model, folder, tokenizer_from, dtype=None, shard_bytes=5 * 10**9):
     ids = {"eos_token_id": tokenizer.eos_ids,
            "pad_token_id": pad if pad < config.vocab_size else None,
            "bos_token_id": read_json(source / "config.json").get("bos_token_id")}
-    kind = "ForCausalLM" if isinstance(model, CausalLM) else "ForSequenceClassification"
+    task = "ForCausalLM" if isinstance(model, CausalLM) else "ForSequenceClassification"
     raw = {
-        "architectures": [config.model_type.capitalize() + kind], "hidden_act": "silu",
+        "architectures": [config.model_type.capitalize() + task], "hidden_act": "silu",
         "attention_bias": False, "mlp_bias": False, "sliding_window": None, **vars(config),
         "torch_dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch."), **ids}
     if isinstance(model, ScalarModel):
@@ -278,7 +287,7 @@ def save(model, folder, tokenizer_from, dtype=None, shard_bytes=5 * 10**9):
         index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
                  "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}}
         files[INDEX] = json.dumps(index, indent=2) + "\n"
-    # What makes an earlier save complete goes first, the weights' last file makes this one so.
+    # What makes an earlier save complete is deleted first; the last file of weights completes this.
     shards = sorted(folder.glob("model-?????-of-?????.safetensors*"))
     shards = [path for path in shards if path.name.removesuffix(".partial") not in files]
     _write(folder, files, [folder / SINGLE, folder / INDEX, *shards])

@@ -21,11 +21,20 @@ from urllib.parse import unquote, urlsplit
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors,
-                        trainers)
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from nanodistill.model import CausalLM, init_weights
 from nanodistill.weights import load_config
+
 
 # ---- the hub ----
 

@@ -20,6 +20,7 @@ from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 900                                              # seconds of the tests of one mutation
 # `tests`: names without "test_" and ".py". `reason`: why a survivor is no fault of the tests.
@@ -40,8 +41,8 @@ TABLE = [Mutation(*entry) for entry in [
     ("sft-keeps-the-last", SFT, "if loss > best:", "if False:", "meaning"),
     ("sft-keeps-the-worst", SFT, "if loss < best:", "if loss > best or best_weights is None:",
      "meaning"),
-    ("sft-trains-on-held-out", SFT, "held_out if run.held_out(", "held_out if False and run.held_out(",
-     "meaning"),
+    ("sft-trains-on-held-out", SFT, "held_out if run.held_out(",
+     "held_out if False and run.held_out(", "meaning"),
     ("sft-sign", SFT, "loss.backward()", "(-loss).backward()", "meaning"),
     ("sft-no-step", SFT,
      "optim.clipped_step(model, [optimizer], config.max_grad_norm)", "torch.zeros(())", "meaning"),
@@ -65,7 +66,8 @@ TABLE = [Mutation(*entry) for entry in [
      "meaning"),
     ("rm-leaves-out-the-student", RM, "if config.rm_data in (source,",
      'if source == "teacher" and config.rm_data in (source,', "meaning"),
-    ("rm-token-loss-on-prompts", RM, "len(e.ids) - e.prompt_length + 1 if", "len(e.ids) if", "meaning"),
+    ("rm-token-loss-on-prompts", RM, "len(e.ids) - e.prompt_length + 1 if", "len(e.ids) if",
+     "meaning"),
     ("rm-token-loss-unweighted", RM, "[token_loss / max(tokens, 1)]",
      "[1 / max(tokens, 1)]", "meaning"),
     ("rm-bt-turned", RM, ".unbind(1)", ".flip(1).unbind(1)", "meaning"),
@@ -219,8 +221,8 @@ TABLE = [Mutation(*entry) for entry in [
     ("full-memory-is-fatal", RUN, "size //= 2", "size = size", "stages"),
     ("other-settings-go-on", SETTINGS, "and saved[s][f.name] != getattr(config, f.name)]",
      "and False]", "settings"),
-    ("given-loses-to-saved", SETTINGS, '(given[s, name], "given") if (s, name) in given else',
-     '(given[s, name], "given") if (s, name) in given and name not in before else', "settings"),
+    ("given-loses-to-saved", SETTINGS, "if (s, name) in given:",
+     "if (s, name) in given and name not in before:", "settings"),
     ("least-is-not-checked", SETTINGS, "value < limit", "False", "settings"),
     ("seed-not-in-the-folders-name", SETTINGS, 'given.get("seed", 1) != 1', "False", "settings"),
     ("rate-of-another-size", PRESETS, "row[column]", "row[column - 1]", "settings"),
@@ -252,8 +254,7 @@ TABLE = [Mutation(*entry) for entry in [
      "gsm8k_mmlu_pro"),
     ("rows-blank-text", "data/rows.py", "if not value.strip():", "if False:", "gsm8k_mmlu_pro"),
     ("server-gets-the-key-of-nobody", "data/chat.py",
-     '({"Authorization": f"Bearer {key}"} if key else {})', '{"Authorization": f"Bearer {key}"}',
-     "server"),
+     '({"Authorization": sent} if key else {})', '{"Authorization": sent}', "server"),
     ("server-cut-off-is-ended", "data/chat.py", "clean(text), not cut", "clean(text), True",
      "server"),
     ("server-refusal-ends-the-run", "data/chat.py", "if status in REFUSED:", "if False:", "server"),
@@ -341,16 +342,19 @@ def main():
         for m, status, said in done:
             if status not in (0, 1, 2, None):                # pytest's own failure
                 sys.exit(f"{m.name}: pytest ends with {status}: {said}")
-            survived += [m] * (status == 0)
-            killed += status != 0
-            by = f"({m.reason})" if status == 0 and m.reason else "" if status == 0 else said
-            late = " (its reason is stale: it is killed now)" if status != 0 and m.reason else ""
-            verdict = "survived" if status == 0 else "killed"
-            print(f"{verdict:8}  {m.name:30} {by}{late}", flush=True)
+            if status == 0:
+                survived.append(m)
+                verdict, why = "survived", f"({m.reason})" if m.reason else ""
+            else:
+                killed += 1
+                verdict, why = "killed", said
+                if m.reason:
+                    why += " (its reason is stale: it is killed now)"
+            print(f"{verdict:8}  {m.name:30} {why}", flush=True)
     unknown = [m.name for m in survived if not m.reason]
+    without = f"; without: {', '.join(unknown)}" if unknown else ""
     print(f"{len(chosen)} mutations: {killed} killed, {len(survived)} survived, of which "
-          f"{len(survived) - len(unknown)} with a reason"
-          + f"; without: {', '.join(unknown)}" * bool(unknown))
+          f"{len(survived) - len(unknown)} with a reason{without}")
     sys.exit(1 if unknown else 0)
 
 

@@ -26,6 +26,7 @@ from nanodistill.generate import generate
 from nanodistill.tokenizer import Tokenizer
 from nanodistill.weights import load, load_config
 
+
 ROOT = Path(__file__).resolve().parents[1]
 STUDENT, TEACHER = "meta-llama/Llama-3.2-1B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"
 SMALL = "HuggingFaceTB/SmolLM2-135M-Instruct"

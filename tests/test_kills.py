@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from nanodistill import run
 
+
 ROOT = Path(__file__).resolve().parents[1]
 KILLS = int(os.environ.get("NANODISTILL_KILLS", "200"))
 A_RUN = 5                                                        # kills before a run may end

@@ -28,6 +28,7 @@ from nanodistill import run, settings, weights
 from nanodistill.model import CausalLM, ScalarModel
 from nanodistill.tokenizer import Tokenizer
 
+
 ROOT = Path(__file__).resolve().parents[1]
 SEED, QUESTIONS = 11, TASKS["arithmetic"](11).questions("train")[:16]
 TEST = TASKS["arithmetic"](11).questions("test")[:4]

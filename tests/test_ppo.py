@@ -13,7 +13,8 @@ T = torch.tensor
 
 def test_shaped_rewards_by_hand():
     """The example of ppo.py's docstring, and a shorter response beside it."""
-    logprobs, ref = T([[-1.0, -1.0, -1.0], [-2.0, -1.0, 9.0]]), T([[-1.0, -1.5, -0.8], [-1.0, -3.0, -9.0]])
+    logprobs = T([[-1.0, -1.0, -1.0], [-2.0, -1.0, 9.0]])
+    ref = T([[-1.0, -1.5, -0.8], [-1.0, -3.0, -9.0]])
     mask = T([[True, True, True], [True, True, False]])
     rewards = ppo.shape_rewards(T([2.0, -1.0]), logprobs, ref, mask, 0.1)
     torch.testing.assert_close(rewards, T([[0.0, -0.05, 2.02], [0.1, -1.2, 0.0]]))
@@ -25,9 +26,12 @@ def test_gae_by_hand():
     advantages, returns = ppo.gae(rewards, values, mask, gamma=1.0, lam=1.0)
     torch.testing.assert_close(advantages, T([[0.97, 0.77, 0.52]]))
     torch.testing.assert_close(returns, T([[1.97, 1.97, 2.02]]))
-    # gamma 0.9, lambda 0.5, rewards 1 2 3, values 2 4 6: delta 3 = -3; delta 2 = 2 + 5.4 - 4 = 3.4; delta 1 = 1 + 3.6 - 2 = 2.6;
-    # A3 = -3; A2 = 3.4 - 1.35 = 2.05; A1 = 2.6 + 0.9225 = 3.5225. The second row ends after one token: A = 1 - 2.
-    advantages, _ = ppo.gae(T([[1.0, 2.0, 3.0], [1.0, 50.0, 50.0]]), T([[2.0, 4.0, 6.0], [2.0, 70.0, 70.0]]),
+    # gamma 0.9, lambda 0.5, rewards 1 2 3, values 2 4 6:
+    # delta 3 = -3; delta 2 = 2 + 5.4 - 4 = 3.4; delta 1 = 1 + 3.6 - 2 = 2.6;
+    # A3 = -3; A2 = 3.4 - 1.35 = 2.05; A1 = 2.6 + 0.9225 = 3.5225.
+    # The second row ends after one token: A = 1 - 2.
+    advantages, _ = ppo.gae(T([[1.0, 2.0, 3.0], [1.0, 50.0, 50.0]]),
+                            T([[2.0, 4.0, 6.0], [2.0, 70.0, 70.0]]),
                             T([[True, True, True], [True, False, False]]), gamma=0.9, lam=0.5)
     torch.testing.assert_close(advantages, T([[3.5225, 2.05, -3.0], [-1.0, 0.0, 0.0]]))
 
@@ -37,8 +41,9 @@ def test_gae_with_lambda_1_is_the_discounted_return_less_the_value():
     rewards, values = torch.randn(4, 12), torch.randn(4, 12)
     mask = torch.ones(4, 12, dtype=torch.bool)
     discounted = scipy.lfilter([1.0], [1.0, -0.97], rewards.numpy()[:, ::-1], axis=1)[:, ::-1]
+    discounted = torch.from_numpy(discounted.copy()).float()
     advantages, returns = ppo.gae(rewards, values, mask, gamma=0.97, lam=1.0)
-    torch.testing.assert_close(returns, torch.from_numpy(discounted.copy()).float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(returns, discounted, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(advantages, returns - values, rtol=1e-4, atol=1e-5)
 
 
@@ -52,32 +57,42 @@ def test_gae_discounts_by_default_with_gamma_1_and_lambda_095():
 
 
 def test_whiten_by_hand():
-    x, mask = T([[1.0, 3.0, 99.0], [5.0, 7.0, -99.0]]), T([[True, True, False], [True, True, False]])
-    r5 = math.sqrt(5)                                                    # of 1 3 5 7: mean 4, variance 5
-    torch.testing.assert_close(ppo.whiten(x, mask), T([[-3 / r5, -1 / r5, 0.0], [1 / r5, 3 / r5, 0.0]]))
-    torch.testing.assert_close(ppo.whiten(x, mask, shift_mean=False), T([[4 - 3 / r5, 4 - 1 / r5, 0.0], [4 + 1 / r5, 4 + 3 / r5, 0.0]]))
+    x = T([[1.0, 3.0, 99.0], [5.0, 7.0, -99.0]])
+    mask = T([[True, True, False], [True, True, False]])
+    # 1 3 5 7 have mean 4 and variance 5.
+    r5 = math.sqrt(5)
+    torch.testing.assert_close(ppo.whiten(x, mask),
+                               T([[-3 / r5, -1 / r5, 0.0], [1 / r5, 3 / r5, 0.0]]))
+    torch.testing.assert_close(ppo.whiten(x, mask, shift_mean=False),
+                               T([[4 - 3 / r5, 4 - 1 / r5, 0.0], [4 + 1 / r5, 4 + 3 / r5, 0.0]]))
 
 
 def test_kl_estimators_average_to_the_kl_of_torch_distributions():
-    p, r = torch.distributions.Categorical(logits=T([1.0, 0.0, -1.0, 0.5])), torch.distributions.Categorical(logits=T([0.5, 0.5, -0.5, 0.0]))
+    p = torch.distributions.Categorical(logits=T([1.0, 0.0, -1.0, 0.5]))
+    r = torch.distributions.Categorical(logits=T([0.5, 0.5, -0.5, 0.0]))
     truth = torch.distributions.kl_divergence(p, r)
-    every = torch.arange(4)                                              # expectation over all outcomes: no sampling noise
+    # The expectation is over all outcomes, so there is no sampling noise.
+    every = torch.arange(4)
     for estimator in (ppo.kl_k1, ppo.kl_k3):
-        torch.testing.assert_close((p.probs * estimator(p.log_prob(every), r.log_prob(every))).sum(), truth)
+        mean = (p.probs * estimator(p.log_prob(every), r.log_prob(every))).sum()
+        torch.testing.assert_close(mean, truth)
     assert (ppo.kl_k3(p.log_prob(every), r.log_prob(every)) >= 0).all()
-    tiny = ppo.kl_k3(T(-1.0), T(-1.0 + 2.0**-12))                        # x^2 / 2, lost without expm1
+    # x^2 / 2 is lost without expm1.
+    tiny = ppo.kl_k3(T(-1.0), T(-1.0 + 2.0**-12))
     torch.testing.assert_close(tiny, T(2.0**-25), rtol=1e-2, atol=0)
 
 
 def test_policy_loss_by_hand():
-    old, new = torch.log(T([[0.5, 0.5, 0.5, 0.5]])), torch.log(T([[0.5, 0.75, 0.25, 0.75]]))
+    old = torch.log(T([[0.5, 0.5, 0.5, 0.5]]))
+    new = torch.log(T([[0.5, 0.75, 0.25, 0.75]]))
     advantages, mask = T([[1.0, 1.0, -1.0, 5.0]]), T([[True, True, True, False]])
-    # ratios 1, 1.5, 0.5. Loss a token: -1; -1.2 (clipped); max(0.5, 0.8) = 0.8. Mean -1.4 / 3.
+    # Ratios 1, 1.5, 0.5. Loss per token: -1; -1.2 (clipped); max(0.5, 0.8) = 0.8. Mean -1.4 / 3.
     loss, stats = ppo.policy_loss(new, old, advantages, mask, clip=0.2)
     torch.testing.assert_close(loss, T(-1.4 / 3))
     torch.testing.assert_close(stats["ratio"], T(1.0))
     torch.testing.assert_close(stats["clipfrac"], T(2 / 3))
-    torch.testing.assert_close(stats["approx_kl"], T((0 + 0.5 - math.log(1.5) + -0.5 - math.log(0.5)) / 3))
+    kl = 0 + 0.5 - math.log(1.5) + -0.5 - math.log(0.5)
+    torch.testing.assert_close(stats["approx_kl"], T(kl / 3))
 
 
 def test_policy_loss_over_the_whole_batchs_tokens_with_another_clip():
@@ -105,14 +120,18 @@ def test_policy_loss_over_the_whole_batchs_tokens_with_another_clip():
 def test_policy_gradient_stops_where_clipped():
     new = torch.log(T([[0.75, 0.25, 0.75, 0.25]])).requires_grad_()
     old = torch.log(T([[0.5, 0.5, 0.5, 0.5]]))
-    loss, _ = ppo.policy_loss(new, old, T([[1.0, -1.0, -1.0, 1.0]]), torch.ones(1, 4, dtype=torch.bool))
-    loss.backward()                                                      # better already done, worse already done: no pull; the rest pull
+    loss, _ = ppo.policy_loss(new, old, T([[1.0, -1.0, -1.0, 1.0]]),
+                              torch.ones(1, 4, dtype=torch.bool))
+    loss.backward()
+    # The first two have moved far enough the right way: no pull. The rest pull.
     torch.testing.assert_close(new.grad, T([[0.0, 0.0, 1.5 / 4, -0.5 / 4]]))
 
 
 def test_value_loss_by_hand():
-    # old 0; values 0.1 and 1.0, returns 1: near 0.1 and 0.2. Errors: 0.81 either way; 0 against 0.64 -> 0.64. Half the mean: 0.3625.
-    loss = ppo.value_loss(T([[0.1, 1.0]]), T([[0.0, 0.0]]), T([[1.0, 1.0]]), torch.ones(1, 2, dtype=torch.bool), clip=0.2)
+    # old 0; values 0.1 and 1.0, returns 1: near 0.1 and 0.2. Errors: 0.81 either way; 0 against
+    # 0.64 -> 0.64. Half the mean: 0.3625.
+    loss = ppo.value_loss(T([[0.1, 1.0]]), T([[0.0, 0.0]]), T([[1.0, 1.0]]),
+                          torch.ones(1, 2, dtype=torch.bool), clip=0.2)
     torch.testing.assert_close(loss, T(0.3625))
 
 
@@ -129,7 +148,8 @@ def test_explained_variance():
     returns, mask = T([[1.0, 2.0, 3.0, 77.0]]), T([[True, True, True, False]])
     assert ppo.explained_variance(returns + 5, returns, mask) == 1
     assert ppo.explained_variance(T([[2.0, 2.0, 2.0, 0.0]]), returns, mask) == 0
-    torch.testing.assert_close(ppo.explained_variance(T([[3.0, 2.0, 1.0, 0.0]]), returns, mask), T(-3.0))
+    turned = ppo.explained_variance(T([[3.0, 2.0, 1.0, 0.0]]), returns, mask)
+    torch.testing.assert_close(turned, T(-3.0))
 
 
 def test_kl_coefficient_by_hand():

@@ -29,7 +29,9 @@ def test_a_torn_last_line_is_dropped_and_written_over(tmp_path):
 
 def test_a_step_done_again_counts_once(tmp_path):
     metrics = run.Metrics(tmp_path, "rl")
-    metrics(1, loss=torch.tensor(2.0)), metrics(1, loss=3.0), run.Metrics(tmp_path, "sft")(1, loss=9.0)
+    metrics(1, loss=torch.tensor(2.0))
+    metrics(1, loss=3.0)
+    run.Metrics(tmp_path, "sft")(1, loss=9.0)
     assert run.read_metrics(tmp_path, "rl") == {1: {"stage": "rl", "step": 1, "loss": 3.0}}
 
 

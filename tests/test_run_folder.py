@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from nanodistill import run
 
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -21,6 +21,7 @@ from data import chat, teacher
 from data import server as client
 from nanodistill import run
 
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -506,6 +507,39 @@ def test_a_request_that_every_question_fails_at_ends_the_run(serve, tmp_path, qu
     assert run.read_jsonl(tmp_path / "part.jsonl") == [] and len(server.requests) <= 6
 
 
+FORBIDDEN = (403, {"error": {"message": "the prompt breaks a rule"}})
+
+
+def test_a_question_that_is_forbidden_after_others_were_answered_is_unanswered(serve, tmp_path):
+    server = serve(of("b", FORBIDDEN))
+    samples = ask(server, tmp_path, concurrency=1)
+    assert places(samples) == EVERY
+    failed = {(q, j): r for q, j, r, _ in samples if "failed" in r}
+    assert set(failed) == {("b", j) for j in range(4)}
+    assert failed["b", 0] == {"text": "", "ended": False, "failed": "403: the prompt breaks a rule"}
+    server.requests, server.reply = [], first()
+    assert sum("failed" in r for *_, r, _ in ask(server, tmp_path)) == 4 and not server.requests
+
+
+def test_a_403_before_any_answer_ends_the_run_with_the_servers_words(serve, tmp_path):
+    server = serve(of("a", FORBIDDEN))
+    with pytest.raises(SystemExit, match="403: the prompt breaks a rule .*may not use this model"):
+        ask(server, tmp_path, concurrency=1)
+    assert run.read_jsonl(tmp_path / "part.jsonl") == [] and len(server.requests) == 1
+
+
+def test_a_403_after_an_earlier_start_was_answered(serve, tmp_path):
+    """It may be one question that is forbidden. Where it is all of them, none is marked."""
+    server = serve(of("b", FORBIDDEN))
+    samples = ask(server, tmp_path, "bc", (1.0,), concurrency=1, answered=True)
+    assert {q: "failed" in r for q, _, r, _ in samples} == {"b": True, "c": False}
+    server = serve(always(FORBIDDEN))
+    (tmp_path / "other").mkdir()
+    with pytest.raises(SystemExit, match="none of 2[56] questions in a row, last: 403: the prompt"):
+        ask(server, tmp_path / "other", [f"q{i}" for i in range(40)], (1.0,), answered=True)
+    assert run.read_jsonl(tmp_path / "other" / "part.jsonl") == []
+
+
 def test_the_last_question_of_a_run_that_went_well_does_not_end_it(serve, tmp_path):
     server = serve(always(REFUSAL))
     samples = ask(server, tmp_path, "a", (1.0,), answered=True)
@@ -589,6 +623,9 @@ def test_no_token_but_the_key_goes_to_the_server(serve, tmp_path, monkeypatch):
     ask(server, tmp_path, "z", key=" own\n")
     client.problems(server.url, "m", "own")
     assert {headers["Authorization"] for headers in headers_of(server)} == {"Bearer own"}
+    server.requests, server.asked = [], []
+    ask(server, tmp_path, "y", key="Basic dXNlcjpodXNo")
+    assert {headers["Authorization"] for headers in headers_of(server)} == {"Basic dXNlcjpodXNo"}
 
 
 @pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
@@ -622,6 +659,9 @@ def test_a_journal_with_a_foreign_line_is_named(serve, tmp_path, line):
     (tmp_path / "part.jsonl").write_bytes(json.dumps(good).encode() + b"\n" + line + b"\n")
     server = serve()
     with pytest.raises(SystemExit, match="part.jsonl, line 2"):
+        ask(server, tmp_path, "a", (1.0,))
+    (tmp_path / "part.jsonl").write_bytes(json.dumps(good).encode() + b"\n\n" + line + b"\n")
+    with pytest.raises(SystemExit, match="part.jsonl, line 3"):      # blank lines count
         ask(server, tmp_path, "a", (1.0,))
     assert not server.requests
 

@@ -1,4 +1,5 @@
-"""The dial, the flags of every stage, and settings.json: who wins, what is refused, and that it is said."""
+"""The dial, the flags of every stage, and settings.json: who wins, what is refused, and that it
+is said."""
 
 import json
 
@@ -13,7 +14,8 @@ from nanodistill import presets, settings
 
 def parse(*argv, script=train_rl, stage="rl", out=None):
     """{stage: config} of a command; the run folder is `out`, or named by the command itself."""
-    return settings.parse(stage, script.STAGES, "doc", [*argv, *(["--out", str(out)] if out else [])])
+    folder = ["--out", str(out)] if out else []
+    return settings.parse(stage, script.STAGES, "doc", [*argv, *folder])
 
 
 def wrong(*argv, **kwargs):
@@ -31,8 +33,9 @@ def test_the_student_alone_decides_the_rest(student, teacher_, task, capsys):
         assert (config.student, config.teacher, config.task) == (student, teacher_, task)
         assert config.out == f"out/{task}-{student}"
     printed = capsys.readouterr().out
+    # Each value is printed with its reason.
     if student != "tiny":
-        assert presets.SIZES[teacher_].repository in printed             # each value with its reason
+        assert presets.SIZES[teacher_].repository in printed
     assert "for " + student in printed
 
 
@@ -45,7 +48,8 @@ def test_the_repositories_are_those_that_the_dial_names():
 
 def test_rates_and_counts_come_from_the_table_of_sizes():
     tiny, small = parse(), parse("--student", "135m")
-    assert (tiny["rl"].learning_rate, tiny["sft"].learning_rate, tiny["rm"].optimizer) == (2e-4, 5e-4, "muon")
+    assert (tiny["rl"].learning_rate, tiny["sft"].learning_rate) == (2e-4, 5e-4)
+    assert tiny["rm"].optimizer == "muon"
     assert tiny["rl"].max_new_tokens == tiny["teacher"].max_new_tokens == 56
     assert small["rl"].max_new_tokens == 512 and small["rm"].samples == 30
     for row in presets.SETTINGS.values():
@@ -101,6 +105,22 @@ def test_what_is_wrong_with_the_flags_is_said(argv, words):
     assert words in message and len(message.splitlines()) <= 3
 
 
+@pytest.mark.parametrize("address", ["user:hush@host/v1", "user@host", ":hush@host/v1?a=b",
+                                     "a:hush@b@host/v1"])
+def test_a_password_in_the_address_is_refused_and_not_repeated(tmp_path, address):
+    server = ["--teacher-url", f"https://{address}", "--teacher-model", "m"]
+    message = wrong("--student", "8b", *server, out=tmp_path)
+    assert "OPENAI_API_KEY" in message and "settings.json" in message
+    assert "hush" not in message and len(message.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("address", ["host/v1@2", "host?mail=a@b", "host/#@", "host:8000/v1"])
+def test_an_at_sign_behind_the_host_is_no_user(address):
+    server = ["--teacher-url", f"https://{address}", "--teacher-model", "m"]
+    assert parse("--student", "8b", *server)["rl"].teacher_url == f"https://{address}"
+
+
 def test_all_that_is_wrong_is_said_at_once():
     message = wrong("--samples", "0", "--gamma", "nan", "--stepz", "1", "--kl-target", "2")
     assert all(w in message for w in ("--samples 0", "--gamma nan", "--stepz", "--kl-target"))
@@ -109,7 +129,8 @@ def test_all_that_is_wrong_is_said_at_once():
 def test_models_of_an_evaluation_leave_nothing_for_the_runs_own_flags():
     kwargs = dict(script=evaluation, stage="eval")
     assert "--student does nothing" in wrong("--models", "a,b", "--student", "1b", **kwargs)
-    assert parse("--models", "out/a/rl,out/b/rl/", **kwargs)["eval"].out == "out/arithmetic-a-rl+b-rl"
+    config = parse("--models", "out/a/rl,out/b/rl/", **kwargs)["eval"]
+    assert config.out == "out/arithmetic-a-rl+b-rl"
     config = parse("--task", "gsm8k", "--models", "out/gsm8k-1b/rl", **kwargs)["eval"]
     assert config.out == "out/gsm8k-gsm8k-1b-rl"
 
@@ -143,7 +164,8 @@ def test_a_stage_started_later_takes_the_settings_of_the_run(tmp_path):
 def test_no_section_of_another_run_stays_behind(tmp_path):
     """train_sft.py knows nothing of PPO's section, which was another student's."""
     settings.save(tmp_path, "rl", parse("--student", "135m", out=tmp_path))
-    settings.save(tmp_path, "sft", parse("--student", "1b", script=train_sft, stage="sft", out=tmp_path))
+    settings.save(tmp_path, "sft", parse("--student", "1b", script=train_sft, stage="sft",
+                                         out=tmp_path))
     later = parse(out=tmp_path)
     assert {c.student for c in later.values()} == {"1b"}
     assert later["rl"].learning_rate == presets.settings("1b")["rl.learning_rate"]
@@ -152,7 +174,8 @@ def test_no_section_of_another_run_stays_behind(tmp_path):
 def test_a_folder_without_work_may_become_another_run(tmp_path):
     settings.save(tmp_path, "rl", parse("--student", "135m", out=tmp_path))
     config = parse("--student", "1b", out=tmp_path)["rl"]
-    assert (config.teacher, config.learning_rate) == ("8b", presets.settings("1b")["rl.learning_rate"])
+    assert config.teacher == "8b"
+    assert config.learning_rate == presets.settings("1b")["rl.learning_rate"]
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -179,7 +202,8 @@ def test_the_vote_may_be_taken_anew_until_something_was_trained_on_it(tmp_path):
     assert "--samples was 10, not 3" in wrong("--samples", "3", **kwargs)
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft" / "config.json").write_text("{}")
-    assert "labels.jsonl: --min-agreement was 0.4, not 0.9" in wrong("--min-agreement", "0.9", **kwargs)
+    message = wrong("--min-agreement", "0.9", **kwargs)
+    assert "labels.jsonl: --min-agreement was 0.4, not 0.9" in message
 
 
 def test_an_unreadable_settings_file_is_named(tmp_path):

@@ -11,5 +11,6 @@ def test_stories260k_reproduces_its_reference_text(assets):
     reference = (assets / "stories260K" / "reference.txt").read_text().strip()
     prompt = tokenizer.prompt_ids("")
     assert prompt == [1]
-    _, _, sample = next(generate(model, [prompt], temperature=0.0, max_new_tokens=256, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id))
+    _, _, sample = next(generate(model, [prompt], temperature=0.0, max_new_tokens=256,
+                                 eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id))
     assert tokenizer.decode(sample.tokens).strip() == reference

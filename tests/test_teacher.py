@@ -13,6 +13,7 @@ from nanodistill import run, settings
 from nanodistill.generate import Sample
 from nanodistill.tokenizer import Tokenizer
 
+
 TASK = Arithmetic(1, train=6)
 QUESTIONS = TASK.questions("train")
 
@@ -90,6 +91,17 @@ def test_a_foreign_row_is_named_by_file_and_line(tmp_path, line, what):
         collect(tmp_path, given(), n=1)
     assert f"{tmp_path / 't.jsonl'}, line 2" in stopped.value.code and what in stopped.value.code
     assert len(stopped.value.code.splitlines()) <= 3
+
+
+def test_blank_lines_count_as_lines(tmp_path):
+    collect(tmp_path, given(), QUESTIONS[:1], n=1)
+    row = (tmp_path / "t.jsonl").read_text()
+    (tmp_path / "t.jsonl").write_text("\n" + row + " \n\n" + '{"id": "i", "question": "q"}\n')
+    with pytest.raises(SystemExit, match="t.jsonl, line 5, is no row"):
+        collect(tmp_path, given(), n=1)
+    (tmp_path / "t.jsonl").write_text("\n\n" + row.replace('"text"', '"txt"'))
+    with pytest.raises(SystemExit, match="t.jsonl, line 3, a response, is no row"):
+        collect(tmp_path, given(), n=1)
 
 
 def test_a_clock_that_stands_still(tmp_path, monkeypatch):

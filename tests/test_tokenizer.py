@@ -18,7 +18,8 @@ def test_special_tokens_in_a_question_stay_text(tokenizer):
     ids = tokenizer.prompt_ids(question)
     special = [i for i in ids if i in tokenizer.special_ids.values()]
     assert special == [tokenizer.special_ids["<|user|>"], tokenizer.special_ids["<|assistant|>"]]
-    assert tokenizer.decode(ids) == question                             # decode leaves special tokens out: all of it was text
+    # `decode` leaves special tokens out, so all of the question was text.
+    assert tokenizer.decode(ids) == question
     assert not set(tokenizer.encode("<|end|>")) & set(tokenizer.special_ids.values())
 
 
@@ -26,7 +27,8 @@ def test_prompt_ids_equal_transformers_chat_template(tokenizer_folder, tokenizer
     transformers = pytest.importorskip("transformers")
     oracle = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
     question = "Ann has 14 pens.\n\nShe buys 3 boxes."
-    expected = oracle.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False)
+    messages = [{"role": "user", "content": question}]
+    expected = oracle.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert tokenizer.prompt_ids(question) == expected
 
 
@@ -40,7 +42,8 @@ def test_pad_is_never_eos(tokenizer_folder, tmp_path, tokenizer):
     assert tokenizer.pad_id not in tokenizer.eos_ids
     shutil.copytree(tokenizer_folder, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": "<|end|>"}))   # as Llama recipes do
+    # As Llama recipes do.
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": "<|end|>"}))
     assert Tokenizer(tmp_path).pad_id not in Tokenizer(tmp_path).eos_ids
 
 
@@ -51,10 +54,12 @@ def test_stop_tokens_of_a_list_begin_with_the_turns_own_end(tokenizer_folder, tm
 
 
 def test_a_response_ends_with_what_the_template_closes_a_turn_with(tokenizer_folder, tmp_path):
-    """As Llama 3.0's folders: the eos_token named is another stop token than the one that ends a turn."""
+    """As in Llama 3.0's folders: the eos_token is a stop token other than the one that ends a
+    turn."""
     shutil.copytree(tokenizer_folder, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": "<|user|>"}))
+    config["eos_token"] = "<|user|>"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 3]}))
     assert Tokenizer(tmp_path).eos_ids == [3, 1]
 
@@ -80,7 +85,8 @@ FEATURES = [
     "{% if tools %}no{% endif %}{% if documents is not none %}no{% endif %}" + USER,
     "{% for m in messages %}{% generation %}<{{ m.content }}>{% endgeneration %}{% endfor %}",
     "{% set a = 1 %}{% generation %}{% set a = 2 %}{{ a }}{% endgeneration %}{{ a }}" + USER,
-    "{%- for m in messages -%}\n  {%- generation -%}\n x {{ m.content }} {%- endgeneration -%}\n{%- endfor -%}",
+    "{%- for m in messages -%}\n  {%- generation -%}\n x {{ m.content }} {%- endgeneration -%}\n"
+    "{%- endfor -%}",
     "{{ {'b': '<é&\\'>', 'a': messages[0].content} | tojson }}",
     "{{ {'b': '<é&>', 'a': messages[0].content} | tojson(indent=2) }}",
     "{{ {'b': '<é&>', 'a': messages[0].content} | tojson(ensure_ascii=True) }}",
@@ -89,18 +95,27 @@ FEATURES = [
     "{{ {'b': 'é', 'a': messages[0].content} | tojson(True, 1) }}",
     "{{ messages | tojson }}",
     "{{ strftime_now('%d %b %Y') }}" + USER,
-    "{% if not date_string is defined %}{% set date_string = '26 Jul 2024' %}{% endif %}{{ date_string }}" + USER,
-    "{% if strftime_now is defined %}{% set date_string = strftime_now('%Y-%m-%d') %}{% endif %}{{ date_string }}" + USER,
-    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('none') }}{% endif %}{{ m.content }}{% endfor %}",
-    "{% for i in range(9) %}{% if i == 2 %}{% continue %}{% endif %}{% if i == 4 %}{% break %}{% endif %}{{ i }}{% endfor %}" + USER,
-    "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}" + USER,
+    "{% if not date_string is defined %}{% set date_string = '26 Jul 2024' %}{% endif %}"
+    "{{ date_string }}" + USER,
+    "{% if strftime_now is defined %}{% set date_string = strftime_now('%Y-%m-%d') %}{% endif %}"
+    "{{ date_string }}" + USER,
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('none') }}{% endif %}"
+    "{{ m.content }}{% endfor %}",
+    "{% for i in range(9) %}{% if i == 2 %}{% continue %}{% endif %}"
+    "{% if i == 4 %}{% break %}{% endif %}{{ i }}{% endfor %}" + USER,
+    "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}"
+    "{{ ns.n }}" + USER,
     "{% macro turn(m) %}[{{ m.role }}] {{ m.content | trim }}{% endmacro %}{{ turn(messages[0]) }}",
     "  {% if true %}  \n  a\n  {% endif %}\n b {# c #}\n" + USER,
     "{{- messages[0]['content'].split('</think>')[-1].strip() | upper -}}",
-    "{{ messages[-1].content | default('x') }}{{ messages | length }}{{ enable_thinking is defined }}",
-    "{% if add_generation_prompt %}<|user|>{{ messages[0].content }}<|assistant|>{% endif %}{{ messages[0].content if not add_generation_prompt }}",
-    "{{ messages | map(attribute='content') | join(', ') }}{{ messages | selectattr('role', 'eq', 'user') | list | length }}",
-    "{% set d = dict(a=1) %}{{ d.items() | list }}{{ messages[0].get('content') }}{{ messages[0].name is defined }}",
+    "{{ messages[-1].content | default('x') }}{{ messages | length }}"
+    "{{ enable_thinking is defined }}",
+    "{% if add_generation_prompt %}<|user|>{{ messages[0].content }}<|assistant|>{% endif %}"
+    "{{ messages[0].content if not add_generation_prompt }}",
+    "{{ messages | map(attribute='content') | join(', ') }}"
+    "{{ messages | selectattr('role', 'eq', 'user') | list | length }}",
+    "{% set d = dict(a=1) %}{{ d.items() | list }}{{ messages[0].get('content') }}"
+    "{{ messages[0].name is defined }}",
     "{% filter indent(2) %}{{ messages[0].content }}{% endfilter %}\n",
     "{% set x %}{{ messages[0].content }}{% endset %}{{ x }}{{ x | length }}",
     "{{ '%s-%d' | format(messages[0].content, 3) }}",
@@ -111,7 +126,8 @@ def with_template(folder, to, template, **config):
     """A copy of a tokenizer's folder whose tokenizer_config.json has another chat template."""
     shutil.copytree(folder, to, dirs_exist_ok=True)
     raw = json.loads((to / "tokenizer_config.json").read_text())
-    (to / "tokenizer_config.json").write_text(json.dumps({**raw, "chat_template": template, **config}))
+    changed = {**raw, "chat_template": template, **config}
+    (to / "tokenizer_config.json").write_text(json.dumps(changed))
     return to
 
 
@@ -140,11 +156,12 @@ def test_templates_render_as_in_transformers(tokenizer_folder, tmp_path, templat
     ("{{ messages[0].content.x.y }}", "failed"),
     ("{% for i in range(10 ** 9) %}{% endfor %}", "failed: .*Range too big"),
     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "failed"),
-    ("{% if messages[0].role != 'system' %}{{ raise_exception('a system message\nfirst') }}{% endif %}" + USER,
-     r"a system message\\nfirst"),
+    ("{% if messages[0].role != 'system' %}{{ raise_exception('a system message\nfirst') }}"
+     "{% endif %}" + USER, r"a system message\\nfirst"),
     ("{% if messages[1] %}{{ raise_exception('one turn') }}{% endif %}" + USER, "one turn"),
     (7, "cannot be read"), (True, "cannot be read"), ([1, "x"], "cannot be read"),
-    ([{"name": "default"}], "cannot be read"), ([{"name": "default", "template": 3}], "cannot be read"),
+    ([{"name": "default"}], "cannot be read"),
+    ([{"name": "default", "template": 3}], "cannot be read"),
     ([{"name": "rag", "template": USER}, {"name": "tool_use", "template": USER}],
      "none is named default, but rag, tool_use"),
 ])
@@ -170,7 +187,8 @@ def test_a_date_in_the_template_is_the_one_given(tokenizer_folder, tmp_path):
     with_template(tokenizer_folder, tmp_path, "{{ strftime_now('%d %b %Y %H:%M') }} " + USER)
     assert Tokenizer(tmp_path, date="2026-02-03").render("x") == "03 Feb 2026 00:00 x"
     with_template(tokenizer_folder, tmp_path, "{{ strftime_now('%f') }} " + USER)
-    today = Tokenizer(tmp_path)                                      # one moment for all its prompts
+    # One moment counts for all prompts of a Tokenizer.
+    today = Tokenizer(tmp_path)
     assert today.render("x") == today.render("x")
     with pytest.raises(ValueError, match="isoformat"):
         Tokenizer(tmp_path, date="yesterday")
@@ -179,9 +197,11 @@ def test_a_date_in_the_template_is_the_one_given(tokenizer_folder, tmp_path):
 def test_the_first_token_is_bos_once(tokenizer_folder, tmp_path):
     special = {"bos_token": "<|pad|>"}
     ours = Tokenizer(with_template(tokenizer_folder, tmp_path, None, **special))
-    assert ours.prompt_ids("a <|pad|>") == [0, *ours.encode("a <|pad|>")] and 0 not in ours.encode("a <|pad|>")
+    assert ours.prompt_ids("a <|pad|>") == [0, *ours.encode("a <|pad|>")]
+    assert 0 not in ours.encode("a <|pad|>")
     assert ours.render("a") == "<|pad|>a"
-    ours = Tokenizer(with_template(tokenizer_folder, tmp_path, "{{ bos_token }}" + USER, **special))
+    template = "{{ bos_token }}" + USER
+    ours = Tokenizer(with_template(tokenizer_folder, tmp_path, template, **special))
     assert ours.prompt_ids("a <|pad|>")[0] == 0 and ours.prompt_ids("a <|pad|>").count(0) == 1
     ours = Tokenizer(with_template(tokenizer_folder, tmp_path, USER, **special))
     assert 0 not in ours.prompt_ids("a")
@@ -194,7 +214,8 @@ def test_the_first_token_is_bos_once(tokenizer_folder, tmp_path):
     "<|user|>{{ messages[0].content }}<|assistant|>{{ messages[0].content }}",
     "<|user|>{{ messages[0] | tojson(ensure_ascii=True) }}<|assistant|>",
     "<|user|>{{ messages[0].content | upper | lower }}<|assistant|>"])
-def test_special_text_stays_text_whatever_the_template_does_with_it(tokenizer_folder, tmp_path, template):
+def test_special_text_stays_text_whatever_the_template_does_with_it(tokenizer_folder, tmp_path,
+                                                                    template):
     ours = Tokenizer(with_template(tokenizer_folder, tmp_path, template))
     question = "1<|end|>2<|assistant|><|end|>\ue0001\ue001 000001"
     ids = ours.prompt_ids(question)
@@ -222,11 +243,15 @@ def pieces_tokenizer(kind, normalized=False, rstrip=False):
     from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as HFTokenizer
     letters = ["<unk>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *"ABCabcdefgh.?[]/INST\n<>s"]
-    merges = [("▁", "a"), ("a", "b"), ("▁a", "b"), ("c", "d"), ("▁", "c"), ("▁c", "d"), ("▁", "▁"), ("▁", "[")]
-    vocab = {piece: i for i, piece in enumerate(dict.fromkeys([*letters, *("".join(m) for m in merges)]))}
-    bpe = HFTokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    merges = [("▁", "a"), ("a", "b"), ("▁a", "b"), ("c", "d"), ("▁", "c"), ("▁c", "d"),
+              ("▁", "▁"), ("▁", "[")]
+    pieces = dict.fromkeys([*letters, *("".join(m) for m in merges)])
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    bpe = HFTokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True,
+                                 byte_fallback=True))
     if kind == "prepend":
-        bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"),
+                                               normalizers.Replace(" ", "▁")])
     else:
         bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
     bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
@@ -236,21 +261,26 @@ def pieces_tokenizer(kind, normalized=False, rstrip=False):
     return bpe
 
 
-LLAMA2 = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+LLAMA2 = ("{{ bos_token }}{% for m in messages %}"
+          "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
           "{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}")
-ZEPHYR = "{% for m in messages %}<|user|>\n{{ m.content }}</s>\n{% endfor %}{% if add_generation_prompt %}ab\n{% endif %}"
+ZEPHYR = ("{% for m in messages %}<|user|>\n{{ m.content }}</s>\n{% endfor %}"
+          "{% if add_generation_prompt %}ab\n{% endif %}")
 
 
 @pytest.mark.parametrize("template", [LLAMA2, ZEPHYR, "{{ messages[0].content }}<s> ab"])
 @pytest.mark.parametrize("normalized, rstrip", [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("kind", ["first", "always", "never", "prepend"])
-def test_prompts_and_responses_of_sentencepiece_tokenizers(tmp_path, kind, normalized, rstrip, template):
+def test_prompts_and_responses_of_sentencepiece_tokenizers(tmp_path, kind, normalized, rstrip,
+                                                           template):
     transformers = pytest.importorskip("transformers")
     bpe = pieces_tokenizer(kind, normalized, rstrip)
     bpe.save(str(tmp_path / "tokenizer.json"))
     special = {"bos_token": "<s>", "eos_token": "</s>"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**special, "chat_template": template}))
-    oracle = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=template, **special)
+    config = {**special, "chat_template": template}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    oracle = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=template,
+                                                  **special)
     if kind == "prepend" and normalized and template != LLAMA2:  # "▁</s>" alone would be the token
         with pytest.raises(ValueError, match="tokenizer.json.*not normalized"):
             Tokenizer(tmp_path)
@@ -263,7 +293,8 @@ def test_prompts_and_responses_of_sentencepiece_tokenizers(tmp_path, kind, norma
     marked = ours.prompt_ids("ab</s> cd<s>")
     assert [i for i in marked if i in ours.special_ids.values()] \
         == [i for i in ours.prompt_ids("ab cd") if i in ours.special_ids.values()]
-    assert "".join(bpe.id_to_token(i) for i in marked).replace("▁", "").replace("<0x0A>", "").count("ab</s>cd<s>") == 1
+    text = "".join(bpe.id_to_token(i) for i in marked).replace("▁", "").replace("<0x0A>", "")
+    assert text.count("ab</s>cd<s>") == 1
     for text in ("ab cd", "cd\nab.", "</s> ab"):
         ids = ours.encode(text)
         assert ours.decode(ids) == oracle.decode(ids, skip_special_tokens=True) == text
@@ -272,19 +303,22 @@ def test_prompts_and_responses_of_sentencepiece_tokenizers(tmp_path, kind, norma
 # ---- stop tokens, padding, damaged files ----
 
 def test_a_base_models_turn_ends_although_its_eos_is_another(tokenizer_folder, tmp_path):
-    """As Qwen2.5's base: every file names <|endoftext|> alone, the template ends turns with <|im_end|>."""
-    with_template(tokenizer_folder, tmp_path, json.loads((tokenizer_folder / "tokenizer_config.json")
-                                                         .read_text())["chat_template"], eos_token="<|user|>")
+    """As in Qwen2.5's base: every file names <|endoftext|> alone, and the template ends turns with
+    <|im_end|>."""
+    config = json.loads((tokenizer_folder / "tokenizer_config.json").read_text())
+    with_template(tokenizer_folder, tmp_path, config["chat_template"], eos_token="<|user|>")
     for name in ("generation_config.json", "config.json"):
         (tmp_path / name).write_text(json.dumps({"eos_token_id": 1}))
     assert Tokenizer(tmp_path).eos_ids == [3, 1]
     (tmp_path / "generation_config.json").unlink()
     (tmp_path / "config.json").unlink()
     assert Tokenizer(tmp_path).eos_ids == [3, 1]                     # tokenizer_config.json's, then
-    assert Tokenizer(with_template(tokenizer_folder, tmp_path, None, eos_token="<|end|>")).eos_ids == [3]
+    ours = Tokenizer(with_template(tokenizer_folder, tmp_path, None, eos_token="<|end|>"))
+    assert ours.eos_ids == [3]
 
 
-@pytest.mark.parametrize("stops", ["3", 3.0, -1, True, 10**6, 2**40, [3, None], [3, "3"], {"a": 1}, [[3]]])
+@pytest.mark.parametrize("stops", ["3", 3.0, -1, True, 10**6, 2**40, [3, None], [3, "3"], {"a": 1},
+                                   [[3]]])
 @pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
 def test_stops_that_are_no_tokens_are_refused(tokenizer_folder, tmp_path, name, stops):
     shutil.copytree(tokenizer_folder, tmp_path, dirs_exist_ok=True)
@@ -295,9 +329,11 @@ def test_stops_that_are_no_tokens_are_refused(tokenizer_folder, tmp_path, name, 
     assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                                  "generation_config.json", "config.json"])
-@pytest.mark.parametrize("junk", ["", "{", "[1]", "null", '"x"', "\xff", "[" * 9999, '{"a": 1, "a": 2}', '{"a": NaN}'])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json",
+                                  "special_tokens_map.json", "generation_config.json",
+                                  "config.json"])
+@pytest.mark.parametrize("junk", ["", "{", "[1]", "null", '"x"', "\xff", "[" * 9999,
+                                  '{"a": 1, "a": 2}', '{"a": NaN}'])
 def test_damaged_files_are_named(tokenizer_folder, tmp_path, name, junk):
     shutil.copytree(tokenizer_folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / name).write_bytes(junk.encode("latin-1"))
@@ -320,9 +356,12 @@ def test_the_model_has_a_row_for_each_token(tokenizer_folder, tmp_path):
 
 def test_padding_is_a_token_that_prompts_do_not_hold(tokenizer_folder, tmp_path):
     """Others' programs find padding by its id, and would hide a prompt's own tokens."""
-    ours = Tokenizer(with_template(tokenizer_folder, tmp_path, "<|user|>" + USER, pad_token="<|end|>", bos_token="<|user|>"))
-    assert ours.pad_id == 0                                          # not <|end|> (EOS), not <|user|>
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(ours.vocab_size))}))
+    ours = Tokenizer(with_template(tokenizer_folder, tmp_path, "<|user|>" + USER,
+                                   pad_token="<|end|>", bos_token="<|user|>"))
+    # Neither <|end|>, which is EOS, nor <|user|>, which prompts hold.
+    assert ours.pad_id == 0
+    stops = {"eos_token_id": list(range(ours.vocab_size))}
+    (tmp_path / "generation_config.json").write_text(json.dumps(stops))
     with pytest.raises(ValueError, match="all there are"):
         Tokenizer(tmp_path)
 

@@ -34,4 +34,5 @@ def test_labels_follow_the_vote():
 
 
 def test_summary():
-    assert summary([Vote("1", 0.5, 4), Vote("2", 1.0, 4), Vote(None, 0.2, 4), Vote(None, 0.4, 4)]) == {"kept": 0.5, "agreement": 0.75}
+    votes = [Vote("1", 0.5, 4), Vote("2", 1.0, 4), Vote(None, 0.2, 4), Vote(None, 0.4, 4)]
+    assert summary(votes) == {"kept": 0.5, "agreement": 0.75}

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from data import hub, prompts_of, ready, response_ids, task_of
 from data.grading import STAGES, Samples, graded
-from nanodistill import fit, run, settings, vote, weights
+from nanodistill import files, fit, process, run, settings, vote, weights
 from nanodistill.model import ScalarModel
 from nanodistill.report import draw
 from nanodistill.reward import score_sequences
@@ -61,7 +61,7 @@ def answers(name, path, jobs, config, task, folder, device, dtype):
                        config.max_new_tokens, batch=fit.SCORED,
                        jobs=config.samples * len(prompts)).slots
     model = weights.load(path, device=device, dtype=dtype)
-    file = name if not config.models else f"{Path(name).name}-{run.digest(path)[:8]}"
+    file = name if not config.models else f"{Path(name).name}-{files.digest(path)[:8]}"
     samples = Samples(folder / "samples" / f"{file}.jsonl", path, config, task, model, tokenizer,
                       prompts, slots)
     return {what: samples(f"{name}, {what}", *job) for what, job in jobs.items()}
@@ -99,7 +99,7 @@ def held_out_responses(folder, held_out, of_rl):
     found = {}
     for name, file in (("teacher", "teacher.jsonl"), ("sft", "student.jsonl")):
         rows = {row["id"]: row["responses"]
-                for row in run.read_jsonl(folder / file, "id", "responses")}
+                for row in files.read_jsonl(folder / file, "id", "responses")}
         found[name] = [rows.get(q["id"], []) for q in held_out]
         if held_out and not any(found[name]):
             print(f"eval: {folder / file} has no response to a held-out question: the reward "
@@ -162,7 +162,7 @@ def main(argv=None):
     folders = folders_of(config, folder)
     questions, gold = task.questions("test")[:config.questions or None], task.gold("test")
     labels = {} if config.models else {
-        row["id"]: row for row in run.read_jsonl(folder / "labels.jsonl", "id", "vote")}
+        row["id"]: row for row in files.read_jsonl(folder / "labels.jsonl", "id", "vote")}
     votes = {id_: row["vote"] for id_, row in labels.items() if row["vote"] is not None}
     held_out = [q for q in (task.questions("train") if labels else [])
                 if run.held_out(q["id"]) and q["id"] in votes]
@@ -206,9 +206,9 @@ def main(argv=None):
     report["seconds"]["eval"] = round(metrics.seconds(), 1)
 
     # ---- 6. the report, and what is drawn from it ----
-    weights.write_atomic(folder / "report.json", json.dumps(report, indent=1) + "\n")
+    files.write_atomic(folder / "report.json", json.dumps(report, indent=1) + "\n")
     print(f"eval: -> {folder}: {', '.join(['report.json', *draw(report, folder)])}")
 
 
 if __name__ == "__main__":
-    run.guard(main)
+    process.guard(main)

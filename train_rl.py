@@ -28,7 +28,7 @@ import torch
 
 import train_rm
 from data import grading, prompts_of, ready, task_of
-from nanodistill import optim, ppo, responses, run, settings, weights
+from nanodistill import files, optim, ppo, process, responses, run, settings, weights
 from nanodistill.generate import generate
 from nanodistill.model import ScalarModel
 from nanodistill.reward import score
@@ -99,16 +99,17 @@ def main(argv=None):
     config = configs["rl"]
     if config.dry_run:
         return print(ready.dry_run("rl", configs))
-    if run.finished(config.out, "rl"):
+    if weights.complete(Path(config.out, "rl")):
+        run.keep(config.out, "rl")
         report = Path(config.out, "report.md")
-        run.need(report.exists(), report, "eval.py", config)
+        process.need(report.exists(), report, "eval.py", config)
         return print(f"\n{report.read_text(encoding='utf-8')}")
     ready.check("rl", configs)
     folder, device, dtype = run.start(configs, "rl")
-    run.need(weights.complete(folder / "rm"), folder / "rm", "train_rm.py", config)
+    process.need(weights.complete(folder / "rm"), folder / "rm", "train_rm.py", config)
     run.made_from(folder, "rl", "labels.jsonl", "sft", "rm")
     train(config, folder, device, dtype)
-    run.need(False, folder / "report.md", "eval.py", config)
+    process.need(False, folder / "report.md", "eval.py", config)
 
 
 @dataclass
@@ -184,7 +185,7 @@ def train(config, folder, device, dtype):
     # ---- data: the questions that have a vote, less the held-out ones ----
     tokenizer, task = Tokenizer(folder / "sft", config.date), task_of(config)
     shape = weights.load_config(folder / "sft")
-    voted = {row["id"] for row in run.read_jsonl(folder / "labels.jsonl", "id", "vote")
+    voted = {row["id"] for row in files.read_jsonl(folder / "labels.jsonl", "id", "vote")
              if row["vote"] is not None}
     questions = [q for q in task.questions("train")
                  if q["id"] in voted and not run.held_out(q["id"])]
@@ -235,7 +236,7 @@ def train(config, folder, device, dtype):
     # ---- loop ----
     bar = run.Bar(range(first, config.steps), initial=first, total=config.steps, desc="rl",
                   unit="step")
-    with run.interruptible() as asked_to_stop, bar:
+    with process.interruptible() as asked_to_stop, bar:
         for step in bar:
             # Questions, samples and minibatches follow from the seed and the step alone: a resumed
             # run repeats them.
@@ -345,4 +346,4 @@ def train(config, folder, device, dtype):
 
 
 if __name__ == "__main__":
-    run.guard(main)
+    process.guard(main)

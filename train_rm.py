@@ -22,13 +22,14 @@ loss and the base (the SFT student) are our choice, not the paper's.
 import random
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 import train_sft
 from data import prompts_of, ready, response_ids, task_of
 from data.teacher import collect, local, shares
-from nanodistill import optim, run, settings, weights
+from nanodistill import files, optim, process, run, settings, weights
 from nanodistill.batches import pack
 from nanodistill.model import ScalarModel
 from nanodistill.reward import bce_loss, bt_loss, score, score_sequences
@@ -80,11 +81,11 @@ def main(argv=None):
     config = configs["rm"]
     if config.dry_run:
         return print(ready.dry_run("rm", configs))
-    if run.finished(config.out, "rm"):
-        return
+    if weights.complete(Path(config.out, "rm")):
+        return run.keep(config.out, "rm")
     ready.check("rm", configs)
     folder, device, dtype = run.start(configs, "rm")
-    run.need(weights.complete(folder / "sft"), folder / "sft", "train_sft.py", config)
+    process.need(weights.complete(folder / "sft"), folder / "sft", "train_sft.py", config)
     train(config, folder, device, dtype)
 
 
@@ -155,10 +156,11 @@ def train(config, folder, device, dtype):
     # ---- data: the student's samples, then {source: [Example]}, trained on and held out ----
     tokenizer, task = Tokenizer(folder / "sft", config.date), task_of(config)
     shape = weights.load_config(folder / "sft")
-    votes = {row["id"]: row["vote"] for row in run.read_jsonl(folder / "labels.jsonl", "id", "vote")
+    votes = {row["id"]: row["vote"]
+             for row in files.read_jsonl(folder / "labels.jsonl", "id", "vote")
              if row["vote"] is not None}
     teacher_rows = {row["id"]: row
-                    for row in run.read_jsonl(folder / "teacher.jsonl", "id", "responses")}
+                    for row in files.read_jsonl(folder / "teacher.jsonl", "id", "responses")}
     teacher_rows = [teacher_rows[id_] for id_ in sorted(teacher_rows.keys() & votes.keys())]
     prompts = prompts_of(task, tokenizer, teacher_rows,
                          shape.max_position_embeddings - config.max_new_tokens)
@@ -241,7 +243,7 @@ def train(config, folder, device, dtype):
 
     # ---- loop ----
     bar = run.Bar(total=steps, initial=step, desc="rm", unit="step")
-    with run.interruptible() as asked_to_stop, bar:
+    with process.interruptible() as asked_to_stop, bar:
         while step < steps:
             if step and step % max(steps // config.evals, 1) == 0:
                 watch.settle()
@@ -307,4 +309,4 @@ def train(config, folder, device, dtype):
 
 
 if __name__ == "__main__":
-    run.guard(main)
+    process.guard(main)

@@ -17,11 +17,12 @@ Left out: a learning-rate search.
 import random
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from data import hub, prompts_of, ready, task_of, teacher
-from nanodistill import optim, run, settings, weights
+from nanodistill import files, optim, process, run, settings, weights
 from nanodistill.batches import pack
 from nanodistill.losses import linear_cross_entropy
 from nanodistill.settings import Common, flag
@@ -58,11 +59,11 @@ def main(argv=None):
     config = configs["sft"]
     if config.dry_run:
         return print(ready.dry_run("sft", configs))
-    if run.finished(config.out, "sft"):
-        return
+    if weights.complete(Path(config.out, "sft")):
+        return run.keep(config.out, "sft")
     ready.check("sft", configs)
     folder, device, dtype = run.start(configs, "sft")
-    run.need((folder / "labels.jsonl").exists(), folder / "labels.jsonl", "data/teacher.py",
+    process.need((folder / "labels.jsonl").exists(), folder / "labels.jsonl", "data/teacher.py",
              config)
     source = hub.resolve(config.student, "student", config.revision)
     run.made_from(folder, "sft", "teacher.jsonl", "labels.jsonl", source.resolve())
@@ -106,8 +107,9 @@ def train(config, folder, source, device, dtype):
     # ---- data: (prompt ids, response ids) of each distinct vote-consistent response ----
     tokenizer, task = Tokenizer(source, config.date), task_of(config)
     shape = weights.load_config(source)
-    labels = {row["id"]: row["labels"] for row in run.read_jsonl(folder / "labels.jsonl", "labels")}
-    rows = {row["id"]: row for row in run.read_jsonl(folder / "teacher.jsonl", "id", "responses")}
+    labels = {row["id"]: row["labels"]
+              for row in files.read_jsonl(folder / "labels.jsonl", "labels")}
+    rows = {row["id"]: row for row in files.read_jsonl(folder / "teacher.jsonl", "id", "responses")}
     rows = [rows[id_] for id_ in sorted(rows.keys() & labels.keys())]
     prompts = prompts_of(task, tokenizer, rows)
     training, held_out, too_long = [], [], 0
@@ -161,7 +163,7 @@ def train(config, folder, source, device, dtype):
 
     # ---- loop ----
     bar = run.Bar(total=steps, initial=step, desc="sft", unit="step")
-    with run.interruptible() as asked_to_stop, bar:
+    with process.interruptible() as asked_to_stop, bar:
         while step < steps:
             if step % eval_every == 0:
                 watch.settle()
@@ -219,4 +221,4 @@ def train(config, folder, source, device, dtype):
 
 
 if __name__ == "__main__":
-    run.guard(main)
+    process.guard(main)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanodistill import run, weights
+from nanodistill import files, run
 from nanodistill.generate import generate
 from nanodistill.settings import Common, flag
 
@@ -43,15 +43,15 @@ class Samples:
     def __init__(self, file, path, config, task, model, tokenizer, prompts, slots):
         self.task, self.model, self.tokenizer = task, model, tokenizer
         self.prompts, self.slots, self.max_new_tokens = prompts, slots, config.max_new_tokens
-        origin = {"model": run.digest(path), **{k: getattr(config, k) for k in (
+        origin = {"model": files.digest(path), **{k: getattr(config, k) for k in (
             "task", "data", "seed", "max_new_tokens", "dtype", "date")}}
         file.parent.mkdir(exist_ok=True)
-        rows = run.read_jsonl(file)
+        rows = files.read_jsonl(file)
         if rows[:1] != [origin]:
-            weights.write_atomic(file, json.dumps(origin) + "\n")
+            files.write_atomic(file, json.dumps(origin) + "\n")
         self.rows = {(row["what"], row["id"]): row["responses"] for row in rows[1:]
                      if rows[0] == origin}
-        self.append = run.Appender(file)
+        self.append = files.Appender(file)
 
     def __call__(self, what, questions, n, temperature):
         """[[{"text", "answer", "ended", "tokens", "logprob"}] * n for each question].

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.number import END, leading, plain, stated, written
 from data.rows import find_files, read_rows, text_of
 from data.task import Task, show
-from nanodistill.weights import write_atomic
+from nanodistill.files import write_atomic
 
 
 URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data"

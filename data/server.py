@@ -29,7 +29,7 @@ from pathlib import Path
 
 from data import chat
 from data.chat import Fault, Forbidden, Refused, Stop
-from nanodistill import run
+from nanodistill import files
 
 
 TRIES = 8
@@ -212,7 +212,7 @@ def check_row(path, i, row, shape, part=""):
 def read_journal(journal, prompts, temperatures):
     """{(question id, sample index): row} of the samples that an earlier run has left."""
     have = {}
-    for i, row in enumerate(run.read_jsonl(journal)):
+    for i, row in enumerate(files.read_jsonl(journal)):
         check_row(journal, i, row, ROW)
         if row["id"] in prompts and row["j"] in range(len(temperatures)) \
                 and row["temperature"] == temperatures[row["j"]]:
@@ -255,7 +255,7 @@ def generate(url, model, key, prompts, temperatures, max_new_tokens, journal, co
         for j, temperature in enumerate(temperatures):
             if (id_, j) not in have:
                 jobs.setdefault((id_, temperature), Job(id_, [])).indices.append(j)
-    append, arrived = run.Appender(journal), deque()
+    append, arrived = files.Appender(journal), deque()
 
     def keep(id_, j, response, tokens):
         append({"id": id_, "j": j, "temperature": temperatures[j], **response})

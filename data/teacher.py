@@ -34,7 +34,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import hub, ready, server, task_of
-from nanodistill import run, settings, vote, weights
+from nanodistill import files, process, run, settings, vote, weights
 from nanodistill.generate import generate
 from nanodistill.settings import Common, flag
 from nanodistill.tokenizer import Tokenizer
@@ -134,7 +134,7 @@ def read_rows(path, keep_tokens=False):
     Raises SystemExit that names file and line of a row that `collect` did not write.
     """
     shape, rows = RESPONSE | ({"tokens": list} if keep_tokens else {}), {}
-    for i, row in enumerate(run.read_jsonl(path)):
+    for i, row in enumerate(files.read_jsonl(path)):
         server.check_row(path, i, row, ROW)
         for response in row["responses"]:
             server.check_row(path, i, response, shape, " a response,")
@@ -168,11 +168,11 @@ def collect(path, questions, task, sampler, temperatures, description, keep_toke
                  f"({len(other)} differ). Give another --out, or delete it and what was made from "
                  "it.")
     todo = {q["id"]: q for q in questions if q["id"] not in rows}
-    append, waiting, spent, begun = run.Appender(path), {}, 0, time.monotonic()
+    append, waiting, spent, begun = files.Appender(path), {}, 0, time.monotonic()
     bar = run.Bar(total=len(questions), initial=len(questions) - len(todo), desc=description,
                   unit="q")
     samples = sampler(list(todo.values()), temperatures, torch.initial_seed())
-    with run.interruptible() as stop, bar, closing(samples):
+    with process.interruptible() as stop, bar, closing(samples):
         for sample in samples:
             if stop():
                 # Spares a second at exit: the last garbage collection skips all that torch made.
@@ -240,7 +240,7 @@ def reopen(path, journal):
     rows = read_rows(path)
     failed = [id_ for id_, row in rows.items() if any("failed" in r for r in row["responses"])]
     if failed:
-        append = run.Appender(journal)
+        append = files.Appender(journal)
         for row in map(rows.pop, failed):
             for j, r in enumerate(row["responses"]):
                 if "failed" not in r:
@@ -248,7 +248,7 @@ def reopen(path, journal):
                             "text": r["text"], "ended": r["ended"]})
         append.file.close()
         rest = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values()]
-        weights.write_atomic(path, "".join(rest))
+        files.write_atomic(path, "".join(rest))
 
 
 # ---- the vote ----
@@ -272,7 +272,7 @@ def label(rows, folder, min_agreement):
                  f"{folder / 'teacher.jsonl'}),\nthe others a tie, or less agreement than "
                  f"--min-agreement {min_agreement}. More --samples or less --min-agreement helps "
                  "against those.")
-    weights.write_atomic(folder / "labels.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
+    files.write_atomic(folder / "labels.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
     return votes
 
 
@@ -325,7 +325,7 @@ def main(argv=None):
     if config.teacher_url and share["failed"]:
         print("teacher: --retry-failed asks for those once more")
     # Samples of questions that this start did not ask for stay.
-    if {row["id"] for row in run.read_jsonl(journal)} <= {q["id"] for q in questions}:
+    if {row["id"] for row in files.read_jsonl(journal)} <= {q["id"] for q in questions}:
         journal.unlink(missing_ok=True)
 
     votes = label(rows, folder, config.min_agreement)
@@ -337,4 +337,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run.guard(main)
+    process.guard(main)

@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from nanodistill import run, weights
+from nanodistill import files, process, run
 
 
 # ---- page ----
@@ -122,7 +122,7 @@ def plot(report, sft, rl, path):
     picture = io.BytesIO()
     figure.savefig(picture, dpi=110)
     plt.close(figure)
-    weights.write_atomic(path, picture.getvalue())
+    files.write_atomic(path, picture.getvalue())
 
 
 def draw(report, folder):
@@ -132,7 +132,7 @@ def draw(report, folder):
     """
     page, written = markdown(report), ["report.md"]
     print("\n" + page)
-    weights.write_atomic(folder / "report.md", page)
+    files.write_atomic(folder / "report.md", page)
     sft, rl = (run.read_metrics(folder, stage) for stage in ("sft", "rl"))
     try:
         plot(report, sft, rl, folder / "curves.png")
@@ -159,4 +159,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run.guard(main)
+    process.guard(main)

@@ -1,4 +1,4 @@
-"""What every stage does around its own work: run folder, JSONL, checkpoints, signals, devices.
+"""What every stage does around its own work: run folder, metrics, checkpoints, devices.
 
 All that a stage reads and writes lies in one run folder:
 
@@ -7,27 +7,18 @@ All that a stage reads and writes lies in one run folder:
     teacher.jsonl  labels.jsonl           append-only; a torn last line is dropped and redone
     student.jsonl  metrics.jsonl
     sft/  rm/  rl/                        HF folders, and resume.pt while a stage is under way
-    samples/                              what eval.py has sampled, a file a model
+    samples/                              what eval.py has sampled, a file per model
     report.md  report.json  curves.png
 
 One process at a time has the folder, and hands it on to the stages that it runs.
 """
 
-import contextlib
 import dataclasses
-import errno
-import fcntl
-import functools
 import hashlib
 import json
-import os
 import pickle
 import random
-import signal
-import socket
-import subprocess
 import sys
-import threading
 import time
 import zipfile
 from pathlib import Path
@@ -35,7 +26,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nanodistill import fit, settings, weights
+from nanodistill import files, fit, process, settings
 
 
 def pick_device(name):
@@ -66,7 +57,7 @@ def start(configs, stage):
     config = configs[stage]
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
-    take(folder)
+    process.take(folder)
     settings.save(folder, stage, configs)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -101,61 +92,22 @@ def fitted(stage, config, model, dtype, device, prompt, response, batch=0, jobs=
     return choice
 
 
-def memory_is_full(error):
-    """Did an error come for want of memory? The CPU's allocator has no error of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def halve_when_full(work, size, flag, *args):
     """`work(size, *args)`; where memory runs out, again with half the size. -> (result, size).
 
-    `work` must begin anew each time. Where size 1 is too much the error stays: see `guard`.
+    `work` must begin anew each time. Where size 1 is too much the error stays: see process.guard.
     """
     while True:
         try:
             return work(size, *args), size
         except RuntimeError as error:
-            if not memory_is_full(error) or size == 1:
+            if not process.memory_is_full(error) or size == 1:
                 raise
         # Not inside `except`, where the traceback still holds the failed attempt's tensors.
         size //= 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         print(f"\nout of memory: once more, and from here on, with {flag} {size}", file=sys.stderr)
-
-
-def guard(main):
-    """Run a script. What is no fault of the program ends in a message and not in a traceback."""
-    def stop(number, frame):
-        raise KeyboardInterrupt
-
-    for number in STOPS:
-        if signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, stop)
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("stopped at once. What was saved is whole; the same command goes on from there.")
-    except FloatingPointError as error:
-        sys.exit(str(error))
-    except Exception as error:
-        if memory_is_full(error):
-            sys.exit("out of memory, though as little as possible was tried at once. What was "
-                     "saved is whole. Fewer --max-new-tokens, a smaller --student or more memory "
-                     "would do.")
-        if not cannot_write(error):
-            raise
-        sys.exit(f"{error}. What was there is whole, and the same command goes on from there once "
-                 "it can be written to.")
-
-
-def cannot_write(error):
-    """Did an error come because a file could not be written? PyTorch's and safetensors' writers
-    have errors of their own."""
-    return getattr(error, "errno", None) in (
-        errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM) or any(
-        words in str(error) for words in ("PytorchStreamWriter failed", "os error 28",
-                                          "os error 27", "os error 122", "os error 30"))
 
 
 class Bar(tqdm):
@@ -182,55 +134,7 @@ def held_out(question_id, share=0.05):
     return int.from_bytes(hashlib.sha256(question_id.encode()).digest()[:4], "big") < share * 2**32
 
 
-# ---- JSONL ----
-
-def read_jsonl(path, *keys):
-    """The lines of a JSONL file as dicts that have `keys`; [] if there is no file.
-
-    A last line that a killed writer left torn is left out. Raises SystemExit that names any other
-    line that is no such object.
-    """
-    if not Path(path).exists():
-        return []
-    lines, rows = Path(path).read_bytes().split(b"\n"), []
-    for n, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode())
-            if not isinstance(row, dict):
-                raise ValueError("not an object")
-            if not row.keys() >= {*keys}:
-                raise ValueError(f"no {', no '.join(k for k in keys if k not in row)}")
-            rows.append(row)
-        except (ValueError, RecursionError) as error:
-            if n == len(lines):                                  # no line ends in it: it is torn
-                return rows
-            sys.exit(f"{path}, line {n}: {error}. Delete that line, and the same command makes it "
-                     "anew.")
-    return rows
-
-
-class Appender:
-    """Appends dicts to a JSONL file, each on disk at once.
-
-    What a killed writer left of its last line is cut off first.
-    """
-
-    def __init__(self, path):
-        self.file = open(path, "ab+")
-        self.file.seek(0)
-        whole, end, last = self.file.read().rpartition(b"\n")
-        try:
-            json.loads(last)
-            self.file.write(b"\n")                               # it lacks its end alone
-        except ValueError:
-            self.file.truncate(len(whole + end))
-
-    def __call__(self, row):
-        self.file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        self.file.flush()
-
+# ---- metrics ----
 
 class Metrics:
     """metrics.jsonl: one line per step, {"stage", "step", ...}.
@@ -240,7 +144,7 @@ class Metrics:
     """
 
     def __init__(self, folder, stage, anew=True):
-        self.append, self.stage = Appender(folder / "metrics.jsonl"), stage
+        self.append, self.stage = files.Appender(folder / "metrics.jsonl"), stage
         self.begun = time.monotonic()
         if anew:
             self.append({"stage": stage, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
@@ -258,7 +162,7 @@ def read_metrics(folder, stage):
     """{step: values} of a stage's last start; where a resumed run did a step again, the later
     values count."""
     steps = {}
-    for row in read_jsonl(Path(folder) / "metrics.jsonl", "stage"):
+    for row in files.read_jsonl(Path(folder) / "metrics.jsonl", "stage"):
         if row["stage"] == stage and "started" in row:
             steps = {}
         elif row["stage"] == stage:
@@ -293,31 +197,6 @@ class Watch:
 
 # ---- what an artefact was made from ----
 
-@functools.cache
-def _sha256(path, size, changed):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def digest(path):
-    """SHA-256 of a file; of a folder, of its config, tokenizer and weights. "" if it is absent.
-
-    The hub's cache names its files by what is in them, and is not read again.
-    """
-    path = Path(path)
-    if path.is_dir():
-        files = [f for f in sorted(path.iterdir())
-                 if f.name in ("config.json", "tokenizer.json") or f.suffix == ".safetensors"]
-        whole = " ".join(f"{f.name} {digest(f)}" for f in files)
-        return hashlib.sha256(whole.encode()).hexdigest() if files else ""
-    if not path.exists():
-        return ""
-    path = path.resolve()
-    if path.parent.name == "blobs":
-        return path.name
-    return _sha256(path, path.stat().st_size, path.stat().st_mtime_ns)
-
-
 def stale(folder):
     """What lies in the run folder and was made from other inputs than lie there now: messages."""
     found = []
@@ -326,8 +205,14 @@ def stale(folder):
         if settings.begun(there):
             found += [f"{there} was made from another {folder / i} than lies there now. Delete "
                       f"{there} and what was made from it, or give another --out"
-                      for i, was in inputs.items() if digest(folder / i) not in ("", was)]
+                      for i, was in inputs.items() if files.digest(folder / i) not in ("", was)]
     return found
+
+
+def refuse_stale(folder):
+    problems = stale(folder)
+    if problems:
+        sys.exit("\n".join(problems[:3]))
 
 
 def made_from(folder, name, *inputs):
@@ -335,25 +220,20 @@ def made_from(folder, name, *inputs):
 
     Raises SystemExit if a part of it is there and was made from something else.
     """
-    problems = stale(folder)
-    if problems:
-        sys.exit("\n".join(problems[:3]))
+    refuse_stale(folder)
     if not settings.begun(folder / name):
-        now = {str(i): digest(folder / i) for i in inputs}
-        weights.write_atomic(folder / "inputs.json",
-                             json.dumps({**_inputs(folder), name: now}, indent=1) + "\n")
+        now = {str(i): files.digest(folder / i) for i in inputs}
+        files.write_atomic(folder / "inputs.json",
+                           json.dumps({**_inputs(folder), name: now}, indent=1) + "\n")
 
 
-def finished(folder, name):
-    """Is `name` in the run folder whole, and made from what lies there now? If so, says it."""
-    folder = Path(folder)
-    if not weights.complete(folder / name):
-        return False
-    problems = stale(folder)
-    if problems:
-        sys.exit("\n".join(problems[:3]))
-    print(f"{folder / name} is complete; delete it to train again")
-    return True
+def keep(folder, name):
+    """Say that `name` in the run folder is whole, and stays.
+
+    Raises SystemExit if it was made from something else than lies there now.
+    """
+    refuse_stale(Path(folder))
+    print(f"{Path(folder, name)} is complete; delete it to train again")
 
 
 def _inputs(folder):
@@ -378,17 +258,14 @@ def save_checkpoint(path, config, parts=None, **state):
     state |= {name: part.state_dict() for name, part in (parts or {}).items()}
     streams = {"torch": torch.get_rng_state(), "python": json.dumps(random.getstate()),
                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    whole = {**state, "config": dataclasses.asdict(config), "streams": streams}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".partial")
-    try:
+
+    def write(beside):
         with open(beside, "wb") as file:
-            torch.save({**state, "config": dataclasses.asdict(config), "streams": streams}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+            torch.save(whole, file)
+    files.write_atomic(path, write)
 
 
 def load_checkpoint(path, config, parts=None):
@@ -436,124 +313,3 @@ def every(minutes):
         last = time.monotonic()
         return True
     return due
-
-
-# ---- signals, the folder's lock, stages ----
-
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)           # Ctrl-C, kill, a dropped ssh
-
-
-@contextlib.contextmanager
-def on_stop(handler):
-    """`handler(number, frame)` for the signals that ask to stop; not for those that nohup or a
-    shell's & has switched off."""
-    before = {number: signal.getsignal(number) for number in STOPS}
-    before = {number: old for number, old in before.items() if old != signal.SIG_IGN}
-    for number in before:
-        signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-
-
-@contextlib.contextmanager
-def interruptible():
-    """Yields a function that says whether Ctrl-C, SIGTERM or SIGHUP has come.
-
-    So a loop can finish its step and save. Twice ends at once.
-    """
-    asked = []
-
-    def handler(number, frame):
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-        with contextlib.suppress(OSError):                       # of a terminal that is gone
-            print("\nstopping after this step; once more to stop now", file=sys.stderr)
-
-    with on_stop(handler):
-        yield lambda: bool(asked)
-
-
-_taken = {}                                                      # {run folder: its open lock}
-
-
-def take(folder, patience=15.0):
-    """Take the run folder for this process, until it ends.
-
-    A stage that another one runs shares its lock, and stops when that one is gone. Raises
-    SystemExit that names the process that has the folder, if it does not end within `patience`
-    seconds.
-    """
-    folder = Path(folder).resolve()
-    if folder in _taken:
-        return
-    handed = os.environ.pop("NANODISTILL_LOCK", "")
-    with contextlib.suppress(OSError, ValueError):
-        lock, parent = map(int, handed.split())
-        if os.path.samestat(os.fstat(lock), os.stat(folder / ".lock")):
-            _taken[folder] = os.fdopen(lock, "r+")
-            threading.Thread(target=end_with, args=(parent,), daemon=True).start()
-    if folder not in _taken:
-        file, until = open(folder / ".lock", "a+"), time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                file.seek(0)
-                owner = file.read().strip() or "another process"
-            if time.monotonic() > until:
-                sys.exit(f"--out {folder} is in use by {owner}: wait for it, or give another --out")
-            time.sleep(0.2)
-        _taken[folder] = file
-    sign(_taken[folder])
-
-
-def sign(file):
-    """Write into a lock who has it."""
-    file.seek(0)
-    file.truncate()
-    file.write(f"process {os.getpid()} on {socket.gethostname()} ({Path(sys.argv[0]).name})")
-    file.flush()
-
-
-def end_with(parent):
-    """Stop this process as SIGTERM does when the other end of a pipe is closed."""
-    os.read(parent, 1)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def need(there, path, script, config):
-    """Unless `path` is there, run the stage that makes it, and say so. It reads settings.json."""
-    if there:
-        return
-    print(f"\n{path} is missing: running {script} first", flush=True)
-    command = [sys.executable, str(Path(__file__).parent.parent / script), "--out", config.out]
-    take(config.out)
-    lock, (parent, ours) = _taken[Path(config.out).resolve()], os.pipe()
-    child, came = None, []
-
-    # The child is in a session of its own, so that each signal reaches it once: from here.
-    def handler(number, frame):
-        came.append(number)
-        if child:
-            child.send_signal(number)
-
-    with on_stop(handler):
-        started = subprocess.Popen(
-            command, start_new_session=True, pass_fds=(lock.fileno(), parent),
-            env={**os.environ, "NANODISTILL_LOCK": f"{lock.fileno()} {parent}"})
-        early, child = [*came], started
-        for number in early:
-            child.send_signal(number)
-        code = child.wait()
-    os.close(parent), os.close(ours)
-    sign(lock)
-    if code < 0:
-        sys.exit(f"{script} was ended by {signal.Signals(-code).name}; the same command goes on "
-                 "from what was saved")
-    if code or came:
-        sys.exit(code or "stopped; the same command goes on from here")

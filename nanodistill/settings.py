@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from nanodistill import presets
-from nanodistill.weights import write_atomic
+from nanodistill.files import write_atomic
 
 
 # What each stage makes, and which of the stage's settings it depends on besides those of the whole

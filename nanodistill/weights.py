@@ -7,54 +7,21 @@ loads as its model of the same family. Each file is complete or absent, and the 
 so a folder with weights is whole.
 """
 
-import contextlib
+import functools
 import json
-import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from nanodistill.files import write_together
 from nanodistill.model import CausalLM, Config, ScalarModel
 from nanodistill.tokenizer import Tokenizer, read_json
 
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-
-
-def write_atomic(path, data):
-    """Write bytes or text beside `path`, flush it to disk, and rename: readers see the old file or
-    the whole new one."""
-    _write(Path(path).parent, {Path(path).name: data})
-
-
-def _write(folder, files, stale=()):
-    """Write {name: text, bytes or {key: tensor}} into a folder. All are written under temporary
-    names first: if that fails, what was there stays. Then the paths `stale` are deleted and the new
-    files renamed."""
-    beside = {folder / (name + ".partial"): name for name in files}
-    try:
-        for path, data in zip(beside, files.values()):
-            if isinstance(data, dict):
-                save_file(data, path, metadata={"format": "pt"})
-            else:
-                path.write_bytes(data.encode() if isinstance(data, str) else data)
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
-        for path in stale:
-            path.unlink(missing_ok=True)
-        for path, name in beside.items():
-            os.replace(path, folder / name)
-    finally:
-        for path in beside:
-            path.unlink(missing_ok=True)
-    if os.name == "posix":                                       # others open no folder
-        entry = os.open(folder, os.O_RDONLY)
-        with contextlib.suppress(OSError):                       # nor do some file systems flush it
-            os.fsync(entry)
-        os.close(entry)
 
 
 # ---- config.json ----
@@ -282,7 +249,8 @@ def save(model, folder, tokenizer_from, dtype=None, shard_bytes=5 * 10**9):
         size += tensor.nbytes
     names = [SINGLE] if len(shards) == 1 else [
         f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    files |= zip(names, shards)
+    for name, shard in zip(names, shards):
+        files[name] = functools.partial(save_file, shard, metadata={"format": "pt"})
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
                  "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}}
@@ -290,4 +258,4 @@ def save(model, folder, tokenizer_from, dtype=None, shard_bytes=5 * 10**9):
     # What makes an earlier save complete is deleted first; the last file of weights completes this.
     shards = sorted(folder.glob("model-?????-of-?????.safetensors*"))
     shards = [path for path in shards if path.name.removesuffix(".partial") not in files]
-    _write(folder, files, [folder / SINGLE, folder / INDEX, *shards])
+    write_together(folder, files, [folder / SINGLE, folder / INDEX, *shards])

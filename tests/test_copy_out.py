@@ -12,11 +12,14 @@ LIBRARY = Path(__file__).resolve().parents[1] / "nanodistill"
 USES = {
     "model": "m = model.init_weights(model.CausalLM(model.Config(16, 8, 16, 1, 2, 1, 4))); "
              "assert m(torch.zeros(1, 3, dtype=torch.long)).shape == (1, 3, 16)",
+    "files": "files.write_atomic('a', 'text'); assert open('a').read() == 'text'",
     "losses": "assert losses.linear_logprobs(torch.randn(3, 4), torch.randn(5, 4), "
               "torch.tensor([0, 1, 4]))[0].shape == (3,)",
     "optim": "assert optim.schedule(9, 10, 0.1, 0.0) == 1 - 0.9",
     "ppo": "assert ppo.gae(torch.ones(1, 2), torch.zeros(1, 2), torch.ones(1, 2).bool())[0].shape "
            "== (1, 2)",
+    "sampling": "ones = torch.ones(1); assert sampling.choose(torch.tensor([[0.0, 99.0]]), ones, "
+                "ones / 2)[0].item() == 1",
     "stats": "assert stats.auc([0.0, 1.0], [False, True]) == 1.0",
     "vote": "assert vote.majority(['1', '1', '2']).answer == '1'",
 }

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from nanodistill import run
+from nanodistill import files
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,9 +48,9 @@ def said(folder):
 
 def final(folder):
     """What a run has made, as far as it should follow from its settings alone."""
-    rows = {name: {row["id"]: row for row in run.read_jsonl(folder / name)}
+    rows = {name: {row["id"]: row for row in files.read_jsonl(folder / name)}
             for name in ("teacher.jsonl", "labels.jsonl", "student.jsonl")}
-    counts = {name: len(run.read_jsonl(folder / name)) for name in rows}
+    counts = {name: len(files.read_jsonl(folder / name)) for name in rows}
     weights = {f"{stage}/{name}": tensor.numpy().tobytes() for stage in ("sft", "rm", "rl")
                for name, tensor in load_file(folder / stage / "model.safetensors").items()}
     report = {**json.loads((folder / "report.json").read_text()), "seconds": None}

@@ -24,7 +24,7 @@ import train_rl
 import train_rm
 import train_sft
 from data import TASKS, hub, teacher
-from nanodistill import run, settings, weights
+from nanodistill import files, run, settings, weights
 from nanodistill.model import CausalLM, ScalarModel
 from nanodistill.tokenizer import Tokenizer
 
@@ -442,7 +442,7 @@ def test_the_sft_student_is_sampled_at_temperature_1_on_every_voted_question(tmp
     assert set(temperatures) == {1.0} and asked.n == 3
     for name, p in sft.named_parameters():
         assert torch.equal(dict(asked.model.named_parameters())[name].float(), p)
-    rows = {row["id"]: row["responses"] for row in run.read_jsonl(folder / "student.jsonl")}
+    rows = {row["id"]: row["responses"] for row in files.read_jsonl(folder / "student.jsonl")}
     assert set(rows) == {q["id"] for q in QUESTIONS} - {UNVOTED}
     for k, question in enumerate(QUESTIONS):
         for response, text in zip(rows.get(question["id"], []), student_texts(k), strict=False):
@@ -857,8 +857,8 @@ def test_the_teacher_answers_at_each_temperature_in_turn_and_votes(tmp_path, mon
     assert sorted(asked.prompts) == sorted(map(prompt_of, QUESTIONS))
     assert asked.model.config.num_hidden_layers == weights.load_config(
         hub.TINY / "teacher").num_hidden_layers
-    rows = {row["id"]: row for row in run.read_jsonl(folder / "teacher.jsonl")}
-    labels = {row["id"]: row for row in run.read_jsonl(folder / "labels.jsonl")}
+    rows = {row["id"]: row for row in files.read_jsonl(folder / "teacher.jsonl")}
+    labels = {row["id"]: row for row in files.read_jsonl(folder / "labels.jsonl")}
     assert len(rows) == len(labels) == 16
     for k, q in enumerate(QUESTIONS):
         for j, (r, text) in enumerate(zip(rows[q["id"]]["responses"], texts(k), strict=True)):

@@ -7,7 +7,7 @@ from conftest import random_model
 from nanodistill import cpu
 from nanodistill.batches import KVCache, NewTokens, pack
 from nanodistill.generate import generate
-from nanodistill.model import ScalarModel, causal_attention, grouped_attention
+from nanodistill.model import CausalLM, ScalarModel, causal_attention, grouped_attention
 from nanodistill.weights import load, save
 
 
@@ -142,3 +142,17 @@ def test_compute_dtype_leaves_weights_and_rope_table_in_fp32():
     table = model.model.angles.clone()
     # Positions past 256 have no exact bf16.
     assert torch.equal(model.to(torch.bfloat16).model.angles, table)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_made_without_weights_has_initial_weights_and_no_leftovers_of_memory(tied):
+    config = random_model(tie_word_embeddings=tied).config
+    filled = torch.full((10**6,), 1e30)                  # what freed memory would then hold
+    del filled
+    torch.manual_seed(0)
+    a = CausalLM(config)
+    torch.manual_seed(0)
+    b = CausalLM(config)
+    for (name, x), (_, y) in zip(a.named_parameters(), b.named_parameters()):
+        assert torch.equal(x, y) and x.abs().max() < 2, name
+    assert a.model.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.1)

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from nanodistill import run
+from nanodistill import files, run
 from nanodistill.settings import flag
 
 
@@ -19,12 +19,12 @@ class Config:
 
 def test_a_torn_last_line_is_dropped_and_written_over(tmp_path):
     path = tmp_path / "a.jsonl"
-    run.Appender(path)({"n": 1})
+    files.Appender(path)({"n": 1})
     with open(path, "ab") as file:
         file.write(b'{"n": 2, "te')
-    assert run.read_jsonl(path) == [{"n": 1}]
-    run.Appender(path)({"n": 3, "text": "é\n"})
-    assert run.read_jsonl(path) == [{"n": 1}, {"n": 3, "text": "é\n"}]
+    assert files.read_jsonl(path) == [{"n": 1}]
+    files.Appender(path)({"n": 3, "text": "é\n"})
+    assert files.read_jsonl(path) == [{"n": 1}, {"n": 3, "text": "é\n"}]
 
 
 def test_a_step_done_again_counts_once(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nanodistill import run
+from nanodistill import files, process, run, weights
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,8 +34,8 @@ def wait_for(there, seconds=30):
 
 HOLD = """if True:
     import sys, time
-    from nanodistill import run
-    run.take(sys.argv[1])
+    from nanodistill import process
+    process.take(sys.argv[1])
     print("taken", flush=True)
     time.sleep(60)
 """
@@ -46,41 +46,41 @@ def test_a_folder_in_use_is_refused_with_the_name_of_who_has_it(tmp_path):
     try:
         assert holder.stdout.readline() == "taken\n"
         with pytest.raises(SystemExit, match=f"in use by process {holder.pid} on ") as stopped:
-            run.take(tmp_path, patience=0.5)
+            process.take(tmp_path, patience=0.5)
         assert str(tmp_path) in str(stopped.value) and "--out" in str(stopped.value)
     finally:
         holder.kill()
     holder.wait()
-    run.take(tmp_path, patience=5)                               # a dead process has nothing
-    run.take(tmp_path, patience=0)                               # it is ours already
+    process.take(tmp_path, patience=5)                               # a dead process has nothing
+    process.take(tmp_path, patience=0)                               # it is ours already
 
 
 STAGE = """if True:
     import sys, time
     from pathlib import Path
-    from nanodistill import run
+    from nanodistill import process
     def main():
         folder = Path(sys.argv[sys.argv.index("--out") + 1])
-        run.take(folder)
-        with run.interruptible() as stop:
+        process.take(folder)
+        with process.interruptible() as stop:
             (folder / "begun").touch()
             while not stop():
                 time.sleep(0.02)
         (folder / "saved").write_text("once")
         time.sleep(float((folder / "linger").read_text()))
         sys.exit("stopped after saving")
-    run.guard(main)
+    process.guard(main)
 """
 PARENT = """if True:
     import sys
     from pathlib import Path
     from types import SimpleNamespace
-    from nanodistill import run
+    from nanodistill import process
     def main():
-        run.take(sys.argv[1])
-        run.need(False, "that", sys.argv[2], SimpleNamespace(out=sys.argv[1]))
+        process.take(sys.argv[1])
+        process.need(False, "that", sys.argv[2], SimpleNamespace(out=sys.argv[1]))
         print("went on")
-    run.guard(main)
+    process.guard(main)
 """
 
 
@@ -115,8 +115,8 @@ def test_a_stage_ends_when_the_process_that_runs_it_is_killed_and_keeps_the_fold
     parent.wait()
     wait_for((folder / "saved").exists)
     with pytest.raises(SystemExit, match="in use by process"):
-        run.take(folder, patience=0.2)
-    run.take(folder, patience=20)
+        process.take(folder, patience=0.2)
+    process.take(folder, patience=20)
 
 
 def test_a_stage_that_is_killed_ends_its_parent_with_its_name(stages):
@@ -170,16 +170,16 @@ def test_an_input_that_is_gone_or_a_folder_elsewhere_says_nothing(made, tmp_path
 
 def test_a_digest_is_of_what_is_read_of_a_folder(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"a")
-    before = run.digest(tmp_path)
+    before = files.digest(tmp_path)
     (tmp_path / "resume.pt").write_bytes(b"b")
-    assert run.digest(tmp_path) == before != ""
+    assert files.digest(tmp_path) == before != ""
     (tmp_path / "config.json").write_bytes(b"{}")
-    assert run.digest(tmp_path) != before
-    assert run.digest(tmp_path / "nothing") == ""
+    assert files.digest(tmp_path) != before
+    assert files.digest(tmp_path / "nothing") == ""
     (tmp_path / "blobs").mkdir()
     (tmp_path / "blobs" / "abc").write_bytes(b"x")               # as the hub's cache names it
     (tmp_path / "linked").symlink_to(tmp_path / "blobs" / "abc")
-    assert run.digest(tmp_path / "linked") == "abc"
+    assert files.digest(tmp_path / "linked") == "abc"
 
 
 def test_an_unreadable_list_of_inputs_is_named(made):
@@ -198,18 +198,18 @@ def test_a_bad_line_is_named_and_a_torn_last_one_is_left_out(tmp_path, line, wor
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"id": 0}\n' + line + b'\n{"id": 2}\n')
     with pytest.raises(SystemExit, match=words) as stopped:
-        run.read_jsonl(path, "id")
+        files.read_jsonl(path, "id")
     assert str(path) in str(stopped.value) and len(str(stopped.value).splitlines()) == 1
     path.write_bytes(b'{"id": 0}\n' + line)
-    assert run.read_jsonl(path, "id") == [{"id": 0}]
+    assert files.read_jsonl(path, "id") == [{"id": 0}]
 
 
 def test_a_last_line_that_lacks_its_newline_alone_is_kept(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"id": 0}\n{"id": 1}')
-    assert run.read_jsonl(path) == [{"id": 0}, {"id": 1}]
-    run.Appender(path)({"id": 2})
-    assert run.read_jsonl(path) == [{"id": 0}, {"id": 1}, {"id": 2}]
+    assert files.read_jsonl(path) == [{"id": 0}, {"id": 1}]
+    files.Appender(path)({"id": 2})
+    assert files.read_jsonl(path) == [{"id": 0}, {"id": 1}, {"id": 2}]
 
 
 def test_every_flipped_byte_of_a_checkpoints_numbers_is_noticed(tmp_path):
@@ -253,7 +253,7 @@ def test_what_can_not_be_written_ends_in_a_message(error):
     def main():
         raise error
     with pytest.raises(SystemExit, match="What was there is whole"):
-        run.guard(main)
+        process.guard(main)
 
 
 # ---- numbers, times, metrics ----
@@ -304,20 +304,22 @@ def test_it_is_time_to_save_once_in_so_many_minutes(monkeypatch):
 def test_a_finished_stage_says_so_and_a_stale_one_what_is_wrong(tmp_path, capsys):
     (tmp_path / "labels.jsonl").write_text("one")
     run.made_from(tmp_path, "sft", "labels.jsonl")
-    assert not run.finished(tmp_path, "sft")
+    assert not weights.complete(tmp_path / "sft")
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft" / "config.json").write_text("{}")
     save_file({"x": torch.ones(1)}, tmp_path / "sft" / "model.safetensors")
-    assert run.finished(tmp_path, "sft") and "is complete" in capsys.readouterr().out
+    assert weights.complete(tmp_path / "sft")
+    run.keep(tmp_path, "sft")
+    assert "sft is complete" in capsys.readouterr().out
     (tmp_path / "labels.jsonl").write_text("two")
     with pytest.raises(SystemExit, match="was made from another"):
-        run.finished(tmp_path, "sft")
+        run.keep(tmp_path, "sft")
 
 
 def test_signals_that_nohup_has_switched_off_stay_so():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with run.interruptible() as stop:
+        with process.interruptible() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             time.sleep(0.05)
             assert not stop()

@@ -19,7 +19,7 @@ import pytest
 
 from data import chat, teacher
 from data import server as client
-from nanodistill import run
+from nanodistill import files
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -307,7 +307,7 @@ def test_what_makes_no_sense_is_tried_again(serve, tmp_path, name):
     samples = ask(server, tmp_path, "a", (1.0,), timeout=0.3)
     assert samples[0][:3] == ("a", 0, {"text": "0 of 1\n#### 2", "ended": True})
     assert len(samples) == 1 and len(server.requests) == 2
-    assert len(run.read_jsonl(tmp_path / "part.jsonl")) == 1
+    assert len(files.read_jsonl(tmp_path / "part.jsonl")) == 1
 
 
 def message(**values):
@@ -370,7 +370,7 @@ def test_what_is_odd_is_understood(serve, tmp_path, name):
     samples = ask(server, tmp_path, "a", (1.0,))
     assert [s[:3] for s in samples] == [("a", 0, {"text": text, "ended": ended})]
     assert len(server.requests) == 1 and len(samples[0][3]) >= 0
-    assert run.read_jsonl(tmp_path / "part.jsonl") == [
+    assert files.read_jsonl(tmp_path / "part.jsonl") == [
         {"id": "a", "j": 0, "temperature": 1.0, "text": text, "ended": ended}]
     assert ask(server, tmp_path, "a", (1.0,))[0][2] == {"text": text, "ended": ended}
     assert len(server.requests) == 1
@@ -421,14 +421,14 @@ def test_a_server_that_gives_nothing_is_given_up(serve, tmp_path, monkeypatch, r
         ask(server, tmp_path, patience=0.8, timeout=None)
     assert 0.7 < time.monotonic() - begun < 3
     assert len(server.requests) <= 6               # two at once, a second or so between tries
-    assert run.read_jsonl(tmp_path / "part.jsonl") == []
+    assert files.read_jsonl(tmp_path / "part.jsonl") == []
 
 
 def test_what_came_is_kept_and_not_asked_for_again(serve, tmp_path):
     server = serve(lambda request, number: None if number <= 3 else 503)
     with pytest.raises(SystemExit, match="goes on"):
         ask(server, tmp_path, concurrency=1, patience=0.5)
-    assert len(run.read_jsonl(tmp_path / "part.jsonl")) == 6
+    assert len(files.read_jsonl(tmp_path / "part.jsonl")) == 6
     server.reply, server.requests = first(), []
     assert places(ask(server, tmp_path)) == EVERY
     assert len(server.requests) == 3
@@ -461,7 +461,7 @@ def test_an_answer_on_the_wire_is_kept_when_another_request_is_refused(serve, tm
     server = serve(reply)
     with pytest.raises(SystemExit, match="OPENAI_API_KEY"):
         ask(server, tmp_path, "ab", (1.0,))
-    assert [row["text"] for row in run.read_jsonl(tmp_path / "part.jsonl")] == ["late"]
+    assert [row["text"] for row in files.read_jsonl(tmp_path / "part.jsonl")] == ["late"]
 
 
 def test_samples_are_on_disk_before_their_group_is_complete(serve, tmp_path):
@@ -471,7 +471,7 @@ def test_samples_are_on_disk_before_their_group_is_complete(serve, tmp_path):
                               tmp_path / "part.jsonl", patience=9)
     while len(server.requests) < 2:
         next(samples)
-    assert len(run.read_jsonl(tmp_path / "part.jsonl")) == 1
+    assert len(files.read_jsonl(tmp_path / "part.jsonl")) == 1
     begun = time.monotonic()
     samples.close()
     assert time.monotonic() - begun < 1.9
@@ -490,7 +490,7 @@ def test_a_question_that_is_refused_is_unanswered(serve, tmp_path, code):
     failed = {(q, j): r for q, j, r, _ in samples if "failed" in r}
     assert set(failed) == {("b", j) for j in range(4)}
     assert failed["b", 0] == {"text": "", "ended": False, "failed": f"{code}: not this one"}
-    assert sum("failed" in row for row in run.read_jsonl(tmp_path / "part.jsonl")) == 4
+    assert sum("failed" in row for row in files.read_jsonl(tmp_path / "part.jsonl")) == 4
     server.requests, server.reply = [], first()
     assert sum("failed" in r for *_, r, _ in ask(server, tmp_path)) == 4 and not server.requests
     again = ask(server, tmp_path, retry_failed=True)
@@ -504,7 +504,7 @@ def test_a_request_that_every_question_fails_at_ends_the_run(serve, tmp_path, qu
     server = serve(always(REFUSAL))
     with pytest.raises(SystemExit, match=f"none of {asked} questions.*the prompt was filtered"):
         ask(server, tmp_path, questions, (1.0,))
-    assert run.read_jsonl(tmp_path / "part.jsonl") == [] and len(server.requests) <= 6
+    assert files.read_jsonl(tmp_path / "part.jsonl") == [] and len(server.requests) <= 6
 
 
 FORBIDDEN = (403, {"error": {"message": "the prompt breaks a rule"}})
@@ -525,7 +525,7 @@ def test_a_403_before_any_answer_ends_the_run_with_the_servers_words(serve, tmp_
     server = serve(of("a", FORBIDDEN))
     with pytest.raises(SystemExit, match="403: the prompt breaks a rule .*may not use this model"):
         ask(server, tmp_path, concurrency=1)
-    assert run.read_jsonl(tmp_path / "part.jsonl") == [] and len(server.requests) == 1
+    assert files.read_jsonl(tmp_path / "part.jsonl") == [] and len(server.requests) == 1
 
 
 def test_a_403_after_an_earlier_start_was_answered(serve, tmp_path):
@@ -537,7 +537,7 @@ def test_a_403_after_an_earlier_start_was_answered(serve, tmp_path):
     (tmp_path / "other").mkdir()
     with pytest.raises(SystemExit, match="none of 2[56] questions in a row, last: 403: the prompt"):
         ask(server, tmp_path / "other", [f"q{i}" for i in range(40)], (1.0,), answered=True)
-    assert run.read_jsonl(tmp_path / "other" / "part.jsonl") == []
+    assert files.read_jsonl(tmp_path / "other" / "part.jsonl") == []
 
 
 def test_the_last_question_of_a_run_that_went_well_does_not_end_it(serve, tmp_path):
@@ -573,7 +573,7 @@ def test_but_not_where_the_server_has_gone(serve, tmp_path):
     server = serve(of("b", 503))
     with pytest.raises(SystemExit, match="--patience"):
         ask(server, tmp_path, "ab", (1.0,), patience=0.6)
-    assert [row["id"] for row in run.read_jsonl(tmp_path / "part.jsonl")] == ["a"]
+    assert [row["id"] for row in files.read_jsonl(tmp_path / "part.jsonl")] == ["a"]
 
 
 # ---- waits ----
@@ -715,7 +715,7 @@ def stage(reply=lambda request, number: None):
 def test_the_teacher_stage_through_a_server(serve, tmp_path, capsys):
     server = serve(stage(first(429, cut)))
     teacher.main(flags(server, tmp_path))
-    rows = run.read_jsonl(tmp_path / "teacher.jsonl")
+    rows = files.read_jsonl(tmp_path / "teacher.jsonl")
     assert len(rows) == 5 and all([r["answer"] for r in row["responses"]] == ["7"] * 3
                                   for row in rows)
     assert not (tmp_path / "teacher.part.jsonl").exists()
@@ -739,7 +739,7 @@ def test_a_question_that_is_refused_is_named_and_asked_again_when_that_is_wanted
     out = capsys.readouterr().out
     assert "20.0% of the responses, to 1 question, were not to be had" in out
     assert "400: the prompt was filtered" in out and "--retry-failed" in out
-    rows = run.read_jsonl(tmp_path / "teacher.jsonl")
+    rows = files.read_jsonl(tmp_path / "teacher.jsonl")
     bad = rows[0]["responses"] if "failed" in rows[0]["responses"][0] else rows[-1]["responses"]
     assert [(r["text"], r["ended"], r["answer"], r["failed"]) for r in bad] == \
         [("", False, None, "400: the prompt was filtered")] * 3
@@ -749,7 +749,7 @@ def test_a_question_that_is_refused_is_named_and_asked_again_when_that_is_wanted
     server.reply = stage()
     teacher.main(flags(server, tmp_path, "--retry-failed"))
     assert len(server.requests) == asked + 1
-    rows = run.read_jsonl(tmp_path / "teacher.jsonl")
+    rows = files.read_jsonl(tmp_path / "teacher.jsonl")
     assert len(rows) == 5 and not any("failed" in r for row in rows for r in row["responses"])
     assert json.loads((tmp_path / "settings.json").read_text())["teacher"]["retry_failed"] is False
 
@@ -760,7 +760,7 @@ def test_a_question_that_alone_is_left_may_be_refused(serve, tmp_path):
     teacher.main(flags(server, tmp_path, "--questions", "4"))
     server.reply = always(REFUSAL)
     teacher.main(flags(server, tmp_path))
-    rows = run.read_jsonl(tmp_path / "teacher.jsonl")
+    rows = files.read_jsonl(tmp_path / "teacher.jsonl")
     assert ["failed" in row["responses"][0] for row in rows] == [False] * 4 + [True]
 
 
@@ -771,7 +771,7 @@ def test_samples_of_questions_that_are_not_asked_now_stay(serve, tmp_path):
              "ended": True}
     (tmp_path / "teacher.part.jsonl").write_text(json.dumps(other) + "\n")
     teacher.main(flags(server, tmp_path, "--questions", "2"))
-    assert run.read_jsonl(tmp_path / "teacher.part.jsonl")[0] == other
+    assert files.read_jsonl(tmp_path / "teacher.part.jsonl")[0] == other
     teacher.main(flags(server, tmp_path, "--questions", "5"))
     assert not (tmp_path / "teacher.part.jsonl").exists()
     assert sum(r.get("n", 1) for r in server.requests) == 14
@@ -797,7 +797,7 @@ def test_ctrl_c_while_answers_are_under_way(serve, tmp_path, number, near):
                                stderr=subprocess.PIPE, env={**os.environ, "HF_TOKEN": "hf_secret"})
     journal, begun = tmp_path / "teacher.part.jsonl", time.monotonic()
     try:
-        while len(run.read_jsonl(journal)) < 3 or len(server.requests) < 8:
+        while len(files.read_jsonl(journal)) < 3 or len(server.requests) < 8:
             assert process.poll() is None and time.monotonic() - begun < 50
             time.sleep(0.05)
         process.send_signal(number)
@@ -811,9 +811,9 @@ def test_ctrl_c_while_answers_are_under_way(serve, tmp_path, number, near):
     busy = max(os.getloadavg()[0] / os.cpu_count(), 1)
     assert seconds < 2 * busy and process.returncode == 1
     assert "the same command goes on" in err and "Traceback" not in err and "Task" not in err
-    assert len(run.read_jsonl(journal)) == 3 + near
+    assert len(files.read_jsonl(journal)) == 3 + near
     assert not any("secret" in str(headers) for headers in headers_of(server))
     server.reply = stage()
     teacher.main(command[2:])
     assert len(server.requests) == 13 - near
-    assert len(run.read_jsonl(tmp_path / "teacher.jsonl")) == 8
+    assert len(files.read_jsonl(tmp_path / "teacher.jsonl")) == 8

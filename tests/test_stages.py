@@ -19,7 +19,7 @@ import train_rl
 import train_rm
 import train_sft
 from data import TASKS, grading, hub, response_ids, teacher
-from nanodistill import report, responses, run, weights
+from nanodistill import files, process, report, responses, run, weights
 from nanodistill.tokenizer import Tokenizer
 
 
@@ -119,7 +119,7 @@ def test_every_folder_loads_in_transformers_with_equal_logits(finished):
 
 
 class StopAfter:
-    """Stands in for `run.interruptible`: the n-th time that a loop asks, Ctrl-C has come."""
+    """Stands in for `process.interruptible`: the n-th time that a loop asks, Ctrl-C has come."""
 
     def __init__(self, n):
         self.left = n
@@ -172,11 +172,11 @@ def test_teacher_resumes_without_asking_twice(sampled, tmp_path):
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:70]) + lines[70][:50])      # killed in the middle of a line
     teacher.main([*COMMON, "--out", str(tmp_path / "torn")])
-    rows = run.read_jsonl(path)
+    rows = files.read_jsonl(path)
     assert path.read_bytes().startswith(b"".join(lines[:70]))            # what was there stays
     assert len({row["id"] for row in rows}) == len(rows) == 80
     assert all(len(row["responses"]) == 10 for row in rows)
-    assert len(run.read_jsonl(tmp_path / "torn" / "labels.jsonl")) == 80
+    assert len(files.read_jsonl(tmp_path / "torn" / "labels.jsonl")) == 80
     with pytest.raises(SystemExit, match="--temperatures was '0.7,0.8,0.9,1.0,1.1', not '0.5'"):
         teacher.main([*COMMON, "--temperatures", "0.5", "--out", str(tmp_path / "torn")])
 
@@ -262,7 +262,7 @@ def test_with_less_than_a_batch_to_train_on_a_step_takes_all_of_it_and_says_so(
 
 def test_no_vote_left_is_an_error_that_says_what_to_do(finished, tmp_path):
     out = copy(finished, tmp_path / "run", "teacher.jsonl", "labels.jsonl", "student.jsonl", "sft")
-    rows = run.read_jsonl(tmp_path / "run" / "labels.jsonl")
+    rows = files.read_jsonl(tmp_path / "run" / "labels.jsonl")
     (tmp_path / "run" / "labels.jsonl").write_text("".join(
         json.dumps({**row, "vote": None, "labels": [False] * 10}) + "\n" for row in rows))
     with pytest.raises(SystemExit, match="holds no vote"):
@@ -328,7 +328,7 @@ def test_sft_and_rm_train_the_eos_and_no_prompt_token(finished):
     rl = [row for row in run.read_metrics(finished, "rl").values() if "score" in row]
     assert rl[0]["ended"] > 0.9
     tokenizer = Tokenizer(finished / "sft")
-    row = run.read_jsonl(finished / "student.jsonl")[0]["responses"][0]
+    row = files.read_jsonl(finished / "student.jsonl")[0]["responses"][0]
     assert row["ended"] and tokenizer.eos_ids[0] not in tokenizer.encode(row["text"])
 
 
@@ -456,7 +456,7 @@ def test_a_device_too_small_for_anything_ends_in_a_message(finished, tmp_path, m
     out = copy(finished, tmp_path / "run", "teacher.jsonl", "labels.jsonl")
     monkeypatch.setattr(train_sft, "linear_cross_entropy", small_memory(None, 0))
     with pytest.raises(SystemExit, match="out of memory, though"):
-        run.guard(lambda: train_sft.main([*COMMON, *SFT, *out]))
+        process.guard(lambda: train_sft.main([*COMMON, *SFT, *out]))
 
 
 # ---- own questions ----
@@ -501,7 +501,7 @@ def test_a_stage_that_diverges_stops_and_leaves_no_weights(
     monkeypatch.setattr(torch.optim.AdamW, "step", broken)
     flags = {"sft": SFT, "rm": RM, "rl": RL}[stage]
     with pytest.raises(SystemExit, match=f"{stage}: nan or inf in step"):
-        run.guard(lambda: script.main([*COMMON, *flags, "--save-minutes", "1e-9", *out]))
+        process.guard(lambda: script.main([*COMMON, *flags, "--save-minutes", "1e-9", *out]))
     folder = tmp_path / "run" / stage
     assert not (folder / "model.safetensors").exists()
     if (folder / "resume.pt").exists():                          # of before it: whole and finite
@@ -514,11 +514,11 @@ def test_a_stage_that_diverges_stops_and_leaves_no_weights(
 
 def test_the_students_tokens_are_kept_and_are_its_texts(finished):
     tokenizer = Tokenizer(finished / "sft")
-    for row in run.read_jsonl(finished / "student.jsonl"):
+    for row in files.read_jsonl(finished / "student.jsonl"):
         for r in row["responses"]:
             assert tokenizer.decode(r["tokens"]) == r["text"]
             assert (r["tokens"][-1] in tokenizer.eos_ids) == r["ended"]
-    assert "tokens" not in run.read_jsonl(finished / "teacher.jsonl")[0]["responses"][0]
+    assert "tokens" not in files.read_jsonl(finished / "teacher.jsonl")[0]["responses"][0]
 
 
 def test_a_responses_ids_are_what_was_sampled_with_the_first_stop_token_at_its_end(finished):
@@ -603,13 +603,13 @@ def test_labels_of_a_teacher_that_was_not_asked_to_the_end_are_not_there(sampled
     with pytest.raises(SystemExit, match="stopped"):
         teacher.main([*COMMON, "--questions", "120", *out])
     assert not (tmp_path / "run" / "labels.jsonl").exists()
-    assert len(run.read_jsonl(tmp_path / "run" / "teacher.jsonl")) >= 80
+    assert len(files.read_jsonl(tmp_path / "run" / "teacher.jsonl")) >= 80
 
 
 def test_a_question_whose_text_has_changed_is_named(sampled, tmp_path):
     out = copy(sampled, tmp_path / "run", "teacher.jsonl")
     path = tmp_path / "run" / "teacher.jsonl"
-    rows = run.read_jsonl(path)
+    rows = files.read_jsonl(path)
     rows[5]["question"] += " And now?"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(SystemExit, match=f"another text of question {rows[5]['id']}"):
@@ -638,5 +638,5 @@ def test_questions_that_are_too_long_for_the_model_are_named_and_left_out(tmp_pa
     assert "gsm8k-train-7 (its prompt of" in capsys.readouterr().out
     train_sft.main([*common, *SFT])
     train_rm.main([*common, *RM])
-    rows = {row["id"] for row in run.read_jsonl(tmp_path / "o" / "student.jsonl")}
+    rows = {row["id"] for row in files.read_jsonl(tmp_path / "o" / "student.jsonl")}
     assert len(rows) > 20 and "gsm8k-train-7" not in rows

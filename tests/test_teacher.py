@@ -9,7 +9,7 @@ import torch
 
 from data import hub, teacher
 from data.arithmetic import Arithmetic
-from nanodistill import run, settings
+from nanodistill import files, settings
 from nanodistill.generate import Sample
 from nanodistill.tokenizer import Tokenizer
 
@@ -41,7 +41,7 @@ def test_a_row_is_the_questions_samples_in_their_order(tmp_path):
     assert [row["id"] for row in rows] == [q["id"] for q in QUESTIONS]
     assert rows[0] == {**QUESTIONS[0], "responses": [
         {"text": "#### 7", "temperature": 1.0, "ended": True, "answer": "7"}] * 2}
-    assert run.read_jsonl(tmp_path / "t.jsonl") == rows
+    assert files.read_jsonl(tmp_path / "t.jsonl") == rows
 
 
 def test_the_seed_does_not_depend_on_what_is_there(tmp_path):
@@ -60,7 +60,7 @@ def test_the_seed_does_not_depend_on_what_is_there(tmp_path):
 def test_tokens_are_kept_on_request(tmp_path):
     rows = collect(tmp_path, given(), keep_tokens=True)
     assert all(r["tokens"] == [5, 6, 7] for row in rows for r in row["responses"])
-    assert run.read_jsonl(tmp_path / "t.jsonl") == rows
+    assert files.read_jsonl(tmp_path / "t.jsonl") == rows
     assert collect(tmp_path, given(), keep_tokens=True) == rows
     (tmp_path / "without").mkdir()
     collect(tmp_path / "without", given(), QUESTIONS[:1])
@@ -154,9 +154,9 @@ def test_a_run_with_no_vote_left_stops_with_what_to_do(tmp_path, capsys):
 
 def test_the_shares_are_logged(tmp_path):
     teacher.main(tiny(tmp_path))
-    row = run.read_jsonl(tmp_path / "metrics.jsonl")[-1]
+    row = files.read_jsonl(tmp_path / "metrics.jsonl")[-1]
     assert {"cut_off", "no_answer", "failed", "kept", "agreement"} <= set(row)
-    rows = run.read_jsonl(tmp_path / "teacher.jsonl")
+    rows = files.read_jsonl(tmp_path / "teacher.jsonl")
     assert row["cut_off"] == sum(not r["ended"] for w in rows for r in w["responses"]) / 6
 
 

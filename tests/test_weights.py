@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from data.hub import resolve
 from nanodistill import weights
+from nanodistill.files import write_atomic
 from nanodistill.model import CausalLM, ScalarModel
 from nanodistill.reward import score_sequences
 from nanodistill.tokenizer import FILES, Tokenizer
-from nanodistill.weights import INDEX, complete, load, load_config, save, write_atomic
+from nanodistill.weights import INDEX, complete, load, load_config, save
 
 
 @pytest.fixture
@@ -132,6 +133,11 @@ def test_write_atomic_leaves_the_old_file_when_it_fails(tmp_path):
     with pytest.raises(TypeError):
         write_atomic(tmp_path / "a", 7)
     assert (tmp_path / "a").read_text() == "old"
+
+
+def test_saved_weights_may_be_read_by_whom_the_other_files_may(folder):
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
 
 
 # ---- written whole or not at all ----

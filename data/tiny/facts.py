@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.arithmetic import exact
 from data.tiny.make import misconception
-from nanodistill import run, weights
+from nanodistill import files
 
 
 def shares(texts):
@@ -77,7 +77,7 @@ def plot(table, path):
     axis.grid(alpha=0.3)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=110)
-    weights.write_atomic(path, picture.getvalue())
+    files.write_atomic(path, picture.getvalue())
 
 
 def main():
@@ -92,12 +92,12 @@ def main():
     tallies = {}
     for name in ("teacher", "sft", "rl"):
         file = args.out / "samples" / f"{name}.jsonl"
-        rows = [row for row in run.read_jsonl(file) if row.get("what") == f"{name}, sampled"]
+        rows = [row for row in files.read_jsonl(file) if row.get("what") == f"{name}, sampled"]
         if not rows:
             sys.exit(f"{file} holds no samples: `python eval.py --out {args.out}` makes them")
         tallies[name] = shares(r["text"] for row in rows for r in row["responses"])
     table = table_of(tallies, args.least)
-    weights.write_atomic(args.out / "facts.json", json.dumps(table, indent=1) + "\n")
+    files.write_atomic(args.out / "facts.json", json.dumps(table, indent=1) + "\n")
     for name, tally in tallies.items():
         print(describe(name, tally))
     try:

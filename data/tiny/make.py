@@ -36,9 +36,10 @@ from tqdm import tqdm
 # The repository, when run from a checkout without an install.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.arithmetic import draw_problem, exact, split_of, work
+from nanodistill.files import write_atomic
 from nanodistill.model import CausalLM, Config, init_weights
 from nanodistill.tokenizer import Tokenizer
-from nanodistill.weights import save, write_atomic
+from nanodistill.weights import save
 
 
 HERE = Path(__file__).resolve().parent

@@ -362,23 +362,24 @@ def build(folder, name="meta-llama/Llama-3.2-1B-Instruct", answers=None, seed=0)
     chain = {token(a): {token(b): p for b, p in following.items()}
              for a, following in machine(family, answers).items()}
     end = token(family.stops[0])
-    place = {t: k for k, t in enumerate(sorted({*chain, end}))}      # each has a dimension,
-    rest, spare = len(place), len(place) + 1                         # the others one, none one
+    # Each token of the chain has a dimension of its own, all others share one, and one is spare.
+    dimension = {t: k for k, t in enumerate(sorted({*chain, end}))}
+    rest, spare = len(dimension), len(dimension) + 1
     # After the last norm a hidden state has length 8: an embedding of 4 times a basis vector reads
     # 32 times the state's share along it.
     embedding = weights["model.embed_tokens.weight"]                 # (V, D)
     embedding[:, :rest], embedding[:, rest], embedding[:, spare] = 0, 4, 0
-    for t, k in place.items():
+    for t, k in dimension.items():
         embedding[t] = 0
         embedding[t, k] = 4
     gate, up, down = (weights[f"model.layers.0.mlp.{part}_proj.weight"]
                       for part in ("gate", "up", "down"))            # (96, D), (96, D), (D, 96)
-    follow = {rest: {end: 1.0}, **{place[t]: following for t, following in chain.items()}}
+    follow = {rest: {end: 1.0}, **{dimension[t]: following for t, following in chain.items()}}
     for k, following in follow.items():                              # neuron k looks token k up
         gate[k], up[k], down[:, k] = 0, 0, 0
         gate[k, k] = up[k, k] = 1                                    # 8 after the norm: 8 * 8 = 64
         for t, p in following.items():
-            down[place[t], k] = (16 + math.log(p)) / 32              # a logit of 16 + log p
+            down[dimension[t], k] = (16 + math.log(p)) / 32              # a logit of 16 + log p
         down[spare, k] = (1 - down[:, k].square().sum()).sqrt()      # so that the length is 1
         down[:, k] *= 20                                             # 1,280, beside the token's 4
     if not tied:

@@ -535,11 +535,13 @@ def rollouts(monkeypatch, no_evaluation):
 
 
 def probability(folder, *tokens):
-    """What the policy in `folder` gives to `tokens` after a question, mean over the questions."""
+    """The probability of `tokens` after a question, by the policy in `folder`, mean over the
+    questions."""
     model = weights.load(folder)
     with torch.no_grad():
-        shares = [model(torch.tensor([prompt_of(q)]))[0, -1].softmax(-1) for q in QUESTIONS]
-    return torch.stack(shares)[:, list(tokens)].sum(1).mean().item()
+        probabilities = torch.stack([                                # (questions, V)
+            model(torch.tensor([prompt_of(q)]))[0, -1].softmax(-1) for q in QUESTIONS])
+    return probabilities[:, list(tokens)].sum(1).mean().item()
 
 
 @pytest.mark.parametrize("liking", [1, -1])
@@ -671,9 +673,9 @@ def test_rollouts_and_logprobs_are_of_the_same_temperature(tmp_path, rollouts, t
     """9 to 1 at temperature 1 is 3 to 1 at temperature 2."""
     folder = ppo_folder(tmp_path / "run", toy_policy(eos=math.log(9), a=0), toy_reward())
     (row,) = ppo(folder, temperature=temperature, samples=32)
-    share = {1.0: 0.9, 2.0: 0.75}[temperature]
-    assert row["ended"] == pytest.approx(share, abs=0.05)                # of 512: 2.6 deviations
-    entropy = -share * math.log(share) - (1 - share) * math.log(1 - share)
+    p = {1.0: 0.9, 2.0: 0.75}[temperature]
+    assert row["ended"] == pytest.approx(p, abs=0.05)                    # of 512: 2.6 deviations
+    entropy = -p * math.log(p) - (1 - p) * math.log(1 - p)
     assert row["entropy"] == pytest.approx(entropy, abs=1e-4)
     assert row["sampler_gap"] < 1e-4 and row["first_ratio"] == pytest.approx(1, abs=1e-5)
     assert row["kl"] == pytest.approx(0, abs=1e-5)                       # the reference's as well
@@ -706,10 +708,10 @@ def test_the_update_ends_where_the_policy_has_gone_too_far(
 
 def test_learning_rates_of_ppo(tmp_path, no_evaluation):
     """Of four steps half are warm-up; without it the last quarter is left at the last step."""
-    for warmup, shares in ((0, [1, 0.75, 0.5, 0.25]), (0.5, [0.5, 0.75, 0.5, 0.25])):
+    for warmup, factors in ((0, [1, 0.75, 0.5, 0.25]), (0.5, [0.5, 0.75, 0.5, 0.25])):
         folder = ppo_folder(tmp_path / str(warmup), toy_policy(a=0, b=0), toy_reward(a=1))
         rows = ppo(folder, steps=4, learning_rate=1e-3, warmup=warmup)
-        assert [row["learning_rate"] for row in rows] == pytest.approx([1e-3 * s for s in shares])
+        assert [row["learning_rate"] for row in rows] == pytest.approx([1e-3 * f for f in factors])
 
 
 def test_the_adaptive_kl_coef_falls_while_there_is_less_kl_than_wanted(tmp_path, no_evaluation):

@@ -64,14 +64,13 @@ def _statistics(logits, inverse_temperature):
 
 
 def _logprobs_gradient_(logits, inverse_temperature, normalizer, scale):
-    """Logits become the gradient of sum(scale * logprobs), -scale * softmax, but for the targets'
-    own part."""
+    """Logits become the gradient of sum(scale * logprobs) without the targets' own part."""
     softmax = (logits.float() * inverse_temperature - normalizer[:, None]).exp()
     logits.copy_(softmax * (-inverse_temperature * scale)[:, None])
 
 
 def _entropy_gradient_(logits, inverse_temperature, normalizer, scale, entropy, entropy_scale):
-    """The same of sum(scale * logprobs + entropy_scale * entropy): dH / dlogit = -p (log p + H)."""
+    """That of sum(scale * logprobs + entropy_scale * entropy): dH / dlogit = -p (log p + H)."""
     logprobs = logits.float() * inverse_temperature - normalizer[:, None]
     surprise = (logprobs + entropy[:, None]) * entropy_scale[:, None]
     logits.copy_(_weigh(logprobs.exp() * -inverse_temperature, scale[:, None] + surprise))
@@ -90,7 +89,7 @@ def _distillation_(logits, teacher_logits, inverse_temperature, scale, kind):
         divergence = _weigh(student.exp(), f).sum(dim=-1)
         gradient = _weigh(student.exp(), f - divergence[:, None])
     else:
-        # The middle moves with the student too, but that has no derivative: it is p (f - E[f]).
+        # The middle moves with the student too, but adds nothing to the derivative, p (f - E[f]).
         middle = torch.logaddexp(student, teacher) - math.log(2)
         f = (student - middle) * 0.5
         mean = _weigh(student.exp(), f).sum(dim=-1)
@@ -115,9 +114,8 @@ def _run(kernel, logits, *args):
     if logits.numel() < WORTH_COMPILING or torch.compiler.is_compiling():
         return kernel(logits, *args)
     if logits.device.type == "meta":
-        # To who measures memory there, what counts is that a compiled kernel makes nothing as large
-        # as the logits.
-        return logits.new_empty(2, len(logits)).float()
+        # Only memory counts there, and a compiled kernel makes nothing as large as the logits.
+        return logits.new_empty(2, len(logits)).float()                         # (2, n)
     if _no_compiler(logits.device.type):
         return kernel(logits, *args)
     for tensor in (logits, *args):
@@ -199,7 +197,7 @@ class _Gradients:
     def both(self, *above):
         """The two gradients, as they follow from the inputs and the gradients `above`."""
         both = self.hidden, None if self.weight is None else self.weight.to(self.dtype)
-        # A compiled graph refuses a second backward by itself.
+        # torch.compile itself refuses a second derivative.
         if torch.compiler.is_compiling():
             return both
         return [x if x is None else _Scalar.apply(x, None, *self.inputs, *above) for x in both]
@@ -350,7 +348,7 @@ class _Logprobs(torch.autograd.Function):
             scale, entropy_scale = above
             w, targets = weight.to(hidden.dtype), targets[:, None]              # (V, D), (N, 1)
             scale = torch.zeros_like(logprobs) if scale is None else scale.contiguous()
-            # The gradient of the target's own logit, but for the temperature.
+            # Of the target's own logit, before the temperature.
             target = -scale * logprobs.expm1()                                  # (N,)
             if entropy_scale is None:
                 own = (target * inverse_temperature)[:, None]                   # (N, 1)
@@ -378,11 +376,12 @@ def linear_logprobs(hidden, weight, targets, temperature=1.0, ignore_index=-100)
     Args:
         hidden: (..., D). weight: (V, D).
         targets: (...) int64; for those equal to `ignore_index` both results are 0 and no gradient
-            flows, whatever `hidden` is there. To leave them out would wait for the device, so they
-            take as long as all others. None: all targets count, and hidden is not copied.
+            flows. They cost as much as all others: finding them first would wait for the device.
+            With ignore_index=None all targets count, and `hidden` is not copied.
     """
     h, t = hidden.flatten(0, -2), targets.flatten()                             # (N, D), (N,)
     if ignore_index is not None:
+        # Even where hidden is NaN no gradient may become NaN.
         ignored = t == ignore_index
         h, t = h.masked_fill(ignored[:, None], 0), t.masked_fill(ignored, 0)
     both = _Logprobs.apply(h, _whole(weight), t, temperature)                   # (N,) each

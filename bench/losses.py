@@ -51,7 +51,7 @@ def sides(args):
         hidden.grad = weight.grad = None
 
     def with_entropy():
-        logprobs, entropy = linear_logprobs(*inputs)
+        logprobs, entropy = linear_logprobs(*inputs, ignore_index=None)
         backward(-(logprobs + 0.01 * entropy).mean())
 
     chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=512)

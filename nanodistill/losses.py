@@ -115,7 +115,8 @@ def _run(kernel, logits, *args):
         return kernel(logits, *args)
     if logits.device.type == "meta":
         # Only memory counts there, and a compiled kernel makes nothing as large as the logits.
-        return logits.new_empty(2, len(logits)).float()                         # (2, n)
+        shape = (2, len(logits)) if kernel is _statistics else len(logits)
+        return logits.new_empty(shape).float()                                  # (2, n) or (n,)
     if _no_compiler(logits.device.type):
         return kernel(logits, *args)
     for tensor in (logits, *args):

@@ -24,7 +24,7 @@ import train_rl
 import train_rm
 import train_sft
 from data import TASKS, hub, teacher
-from nanodistill import files, run, settings, weights
+from nanodistill import files, process, run, settings, weights
 from nanodistill.model import CausalLM, ScalarModel
 from nanodistill.tokenizer import Tokenizer
 
@@ -512,7 +512,7 @@ def ppo(folder, *switches, **changes):
 
 @pytest.fixture
 def no_evaluation(monkeypatch):
-    monkeypatch.setattr(run, "need", lambda *_: None)
+    monkeypatch.setattr(process, "need", lambda *_: None)
 
 
 @pytest.fixture
@@ -774,7 +774,7 @@ def test_the_report_says_what_was_sampled(tmp_path, monkeypatch):
         return lambda model, rows, *_: [float(sum(row) % 5) for row in rows]
 
     # The reward model's stage writes student.jsonl.
-    monkeypatch.setattr(evaluation, "plot", lambda *_: None, raising=False)
+    monkeypatch.setattr("nanodistill.report.plot", lambda *_: None)
     with monkeypatch.context() as patch:
         everywhere(patch, "generate", scripted(lambda model, k, t: student_texts(k)))
         call(train_rm, folder, "--samples", 3, "--epochs", 1, "--batch-size", 1000)

@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text()
 SCRIPTS = ("train_sft.py", "train_rm.py", "train_rl.py", "eval.py", "data/teacher.py")
 DOCSTRINGS = "".join((ROOT / name).read_text().split('"""')[1] for name in SCRIPTS)
 COMMANDS = sorted(set(re.findall(
-    r"python ((?:data/)?(?:tiny/)?\w+\.py[^`\n&|]*?)(?:   |`|\n| &)", README + DOCSTRINGS)))
+    r"python ((?:data/|bench/)?(?:tiny/)?\w+\.py[^`\n&|]*?)(?:   |`|\n| &)", README + DOCSTRINGS)))
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -145,13 +145,13 @@ class StopAfter:
 def test_stopped_and_resumed_equals_unbroken(
         finished, tmp_path, monkeypatch, capsys, stage, script, flags, inputs):
     out = copy(finished, tmp_path / "broken", *inputs)
-    monkeypatch.setattr(run, "interruptible", StopAfter(2))
-    monkeypatch.setattr(run, "need", lambda *_: None)                    # no evaluation after RL
+    monkeypatch.setattr(process, "interruptible", StopAfter(2))
+    monkeypatch.setattr(process, "need", lambda *_: None)                    # no evaluation after RL
     with pytest.raises(SystemExit, match="stopped after saving"):
         script.main(COMMON + flags + out)
     folder = tmp_path / "broken" / stage
     assert (folder / "resume.pt").exists() and not (folder / "model.safetensors").exists()
-    monkeypatch.setattr(run, "interruptible", StopAfter(10**9))
+    monkeypatch.setattr(process, "interruptible", StopAfter(10**9))
     script.main(COMMON + flags + out)
     assert same_weights(folder, finished / stage)
     assert not (folder / "resume.pt").exists()                           # for 1b it has 30 GB
@@ -222,7 +222,7 @@ def test_a_student_with_another_tokenizer_learns_the_same_from_the_teachers_text
      ["teacher.jsonl", "labels.jsonl", "student.jsonl", "sft", "rm"], "value_loss")])
 def test_micro_batches_do_not_change_the_training(
         finished, tmp_path, monkeypatch, script, stage, flags, inputs, key):
-    monkeypatch.setattr(run, "need", lambda *_: None)
+    monkeypatch.setattr(process, "need", lambda *_: None)
     figures = []
     for micro in ("2", "8"):
         out = copy(finished, tmp_path / micro, *inputs)
@@ -235,7 +235,7 @@ def test_with_a_probability_as_score_the_values_are_probabilities_too(
         finished, tmp_path, monkeypatch):
     """A reward model of huge scores: the step's mean score and the value loss show which of the two
     was squashed."""
-    monkeypatch.setattr(run, "need", lambda *_: None)
+    monkeypatch.setattr(process, "need", lambda *_: None)
     rows = {}
     for kind in ("logit", "probability"):
         out = copy(finished, tmp_path / kind, "labels.jsonl", "sft", "rm")
@@ -282,24 +282,6 @@ def test_training_scripts_do_not_name_gold():
         assert name == "train_rl.py" or "true_accuracy" not in names, name
 
 
-def imported(path):
-    """Names of the modules that a file imports, wherever in it."""
-    nodes = [*ast.walk(ast.parse(path.read_text()))]
-    return {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names} \
-        | {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-
-
-def test_imports_point_from_scripts_to_data_to_the_library():
-    scripts = {path.stem for path in ROOT.glob("*.py")}
-    assert {"eval", "train_sft", "train_rm", "train_rl"} <= scripts
-    for path in ROOT.glob("data/**/*.py"):
-        assert not imported(path) & scripts, path
-    for path in ROOT.glob("nanodistill/*.py"):
-        assert not {name.partition(".")[0] for name in imported(path)} & {*scripts, "data"}, path
-    for name in ("train_sft", "train_rm", "train_rl"):
-        assert "eval" not in imported(ROOT / f"{name}.py"), name
-
-
 def test_nothing_trained_depends_on_gold(finished, tmp_path, monkeypatch):
     """With gold out of reach, and then false, every stage trains to the very same weights."""
     Task = TASKS["arithmetic"]
@@ -308,7 +290,7 @@ def test_nothing_trained_depends_on_gold(finished, tmp_path, monkeypatch):
         raise AssertionError("a training stage read the gold answers")
 
     monkeypatch.setattr(Task, "gold", unreachable)
-    monkeypatch.setattr(run, "need", lambda *_: None)
+    monkeypatch.setattr(process, "need", lambda *_: None)
     out = ["--out", str(tmp_path)]
     teacher.main(COMMON + out)
     train_sft.main(COMMON + SFT + out)
@@ -384,7 +366,7 @@ def test_where_memory_runs_out_smaller_micro_batches_learn_the_same(
         finished, tmp_path, monkeypatch, capsys, script, stage, flags, inputs, name, most, key):
     """The function that takes the most memory fails above some tokens, which 16 and 8 responses
     have."""
-    monkeypatch.setattr(run, "need", lambda *_: None)
+    monkeypatch.setattr(process, "need", lambda *_: None)
     figures = []
     for small in (False, True):
         out = copy(finished, tmp_path / str(small), *inputs)
@@ -411,7 +393,7 @@ def test_where_memory_runs_out_smaller_micro_batches_learn_the_same(
 def test_the_gradients_of_a_pass_that_failed_half_way_do_not_count(
         finished, tmp_path, monkeypatch, script, stage, flags, inputs, name, key):
     """Memory runs out once, in the second micro-batch: the first one's gradients are there."""
-    monkeypatch.setattr(run, "need", lambda *_: None)
+    monkeypatch.setattr(process, "need", lambda *_: None)
     place = responses if stage == "rl" else script
     whole, passes = getattr(place, name), []
 
@@ -538,7 +520,7 @@ def test_a_responses_ids_are_what_was_sampled_with_the_first_stop_token_at_its_e
 def test_ppo_scores_a_response_with_the_stop_token_that_the_reward_model_knows(
         finished, tmp_path, monkeypatch):
     """The student stops at any digit, too, of which the reward model has never seen one stop."""
-    monkeypatch.setattr(run, "need", lambda *_: None)
+    monkeypatch.setattr(process, "need", lambda *_: None)
     out, seen = copy(finished, tmp_path / "run", "labels.jsonl", "sft", "rm"), []
     tokenizer = Tokenizer(finished / "sft")
     digits = [tokenizer.encode(str(d))[0] for d in range(10)]
@@ -599,7 +581,7 @@ def test_labels_of_a_teacher_that_was_not_asked_to_the_end_are_not_there(sampled
                                                                          monkeypatch):
     """More questions are asked for, and the sampling is stopped: the earlier vote is not theirs."""
     out = copy(sampled, tmp_path / "run", "teacher.jsonl", "labels.jsonl", "settings.json")
-    monkeypatch.setattr(run, "interruptible", StopAfter(3))
+    monkeypatch.setattr(process, "interruptible", StopAfter(3))
     with pytest.raises(SystemExit, match="stopped"):
         teacher.main([*COMMON, "--questions", "120", *out])
     assert not (tmp_path / "run" / "labels.jsonl").exists()
@@ -618,7 +600,7 @@ def test_a_question_whose_text_has_changed_is_named(sampled, tmp_path):
 
 def test_a_stage_whose_inputs_have_changed_says_which(finished, tmp_path, monkeypatch):
     out = copy(finished, tmp_path / "run", "teacher.jsonl", "labels.jsonl")
-    monkeypatch.setattr(run, "interruptible", StopAfter(2))
+    monkeypatch.setattr(process, "interruptible", StopAfter(2))
     with pytest.raises(SystemExit, match="stopped after saving"):
         train_sft.main([*COMMON, *SFT, *out])
     lines = (tmp_path / "run" / "labels.jsonl").read_text().splitlines(keepends=True)

@@ -146,7 +146,8 @@ def test_stopped_and_resumed_equals_unbroken(
         finished, tmp_path, monkeypatch, capsys, stage, script, flags, inputs):
     out = copy(finished, tmp_path / "broken", *inputs)
     monkeypatch.setattr(process, "interruptible", StopAfter(2))
-    monkeypatch.setattr(process, "need", lambda *_: None)                    # no evaluation after RL
+    # No evaluation after RL.
+    monkeypatch.setattr(process, "need", lambda *_: None)
     with pytest.raises(SystemExit, match="stopped after saving"):
         script.main(COMMON + flags + out)
     folder = tmp_path / "broken" / stage

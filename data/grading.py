@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from nanodistill import files, run
-from nanodistill.generate import generate
+from nanodistill.generate import respond
 from nanodistill.settings import Common, flag
 
 
@@ -59,25 +59,23 @@ class Samples:
         logprob: of all tokens. A question without a prompt, which was too long, has no answer.
         `what` names these samples in the file and beside the progress bar.
         """
-        prompts, tokenizer = self.prompts, self.tokenizer
         none = [{"text": "", "answer": None, "ended": False, "tokens": [], "logprob": 0.0}] * n
         have = {id_: rows for (kind, id_), rows in self.rows.items()
                 if kind == what and len(rows) >= n}
-        todo = [q for q in questions if q["id"] in prompts and q["id"] not in have]
-        done = generate(
-            self.model, [prompts[q["id"]] for q in todo], ids=[q["id"] for q in todo], n=n,
-            temperature=temperature, max_new_tokens=self.max_new_tokens, slots=self.slots,
-            eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id, seed=torch.initial_seed())
+        texts = {q["id"]: q["question"] for q in questions}
+        todo = {id_: self.prompts[id_] for id_ in texts if id_ in self.prompts and id_ not in have}
+        done = respond(self.model, self.tokenizer, todo, n=n, temperature=temperature,
+                       max_new_tokens=self.max_new_tokens, slots=self.slots,
+                       seed=torch.initial_seed())
         total = n * len(questions)
-        for i, j, s in run.Bar(done, total=total, initial=total - n * len(todo), desc=what,
-                               unit="response"):
-            text, q = tokenizer.decode(s.tokens), todo[i]
-            answer = self.task.extract_answer(text, q["question"]) if s.ended else None
-            row = have.setdefault(q["id"], [None] * n)
+        for id_, j, text, s in run.Bar(done, total=total, initial=total - n * len(todo), desc=what,
+                                       unit="response"):
+            answer = self.task.extract_answer(text, texts[id_]) if s.ended else None
+            row = have.setdefault(id_, [None] * n)
             row[j] = {"text": text, "answer": answer, "ended": s.ended, "tokens": s.tokens,
                       "logprob": sum(s.logprobs)}
             if None not in row:
-                self.append({"what": what, "id": q["id"], "responses": row})
+                self.append({"what": what, "id": id_, "responses": row})
         return [have.get(q["id"], none)[:n] for q in questions]
 
 

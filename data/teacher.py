@@ -35,7 +35,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import hub, ready, server, task_of
 from nanodistill import files, process, run, settings, vote, weights
-from nanodistill.generate import generate
+from nanodistill.generate import respond
 from nanodistill.settings import Common, flag
 from nanodistill.tokenizer import Tokenizer
 
@@ -113,14 +113,12 @@ def local(model, tokenizer, task, max_new_tokens, slots):
                        f"exceed the model's {positions} positions")
                 for j in range(len(temperatures)):
                     yield id_, j, {"text": "", "ended": False, "failed": why}, []
-        ids = [i for i, p in prompts.items() if len(p) + max_new_tokens <= positions]
-        samples = generate(model, [prompts[i] for i in ids], n=len(temperatures), ids=ids,
-                           temperature=temperatures, max_new_tokens=max_new_tokens,
-                           eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id, slots=slots,
-                           seed=seed)
-        for i, j, sample in samples:
-            response = {"text": tokenizer.decode(sample.tokens), "ended": sample.ended}
-            yield ids[i], j, response, sample.tokens
+        fits = {id_: ids for id_, ids in prompts.items()
+                if len(ids) + max_new_tokens <= positions}
+        for id_, j, text, sample in respond(
+                model, tokenizer, fits, n=len(temperatures), temperature=temperatures,
+                max_new_tokens=max_new_tokens, slots=slots, seed=seed):
+            yield id_, j, {"text": text, "ended": sample.ended}, sample.tokens
     return sampler
 
 

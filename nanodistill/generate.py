@@ -342,3 +342,15 @@ def generate(model, prompts, *, eos_ids, pad_id, max_new_tokens, n=1, temperatur
             torch.cuda.empty_cache()
         print(f"\nout of memory: the other {len(left)} samples are drawn with --slots {slots}",
               file=sys.stderr)
+
+
+def respond(model, tokenizer, prompts, **how):
+    """`generate` for {id: prompt ids}: yields (id, sample index, text, Sample), each as it ends.
+
+    how: what else `generate` takes, less the ids of its tokens.
+    """
+    ids = list(prompts)
+    samples = generate(model, list(prompts.values()), ids=ids, eos_ids=tokenizer.eos_ids,
+                       pad_id=tokenizer.pad_id, **how)
+    for i, j, sample in samples:
+        yield ids[i], j, tokenizer.decode(sample.tokens), sample

@@ -18,8 +18,8 @@ import eval as evaluation
 import train_rl
 import train_rm
 import train_sft
-from data import TASKS, grading, hub, response_ids, teacher
-from nanodistill import files, process, report, responses, run, weights
+from data import TASKS, hub, response_ids, teacher
+from nanodistill import files, generate, process, report, responses, run, weights
 from nanodistill.tokenizer import Tokenizer
 
 
@@ -543,7 +543,7 @@ def test_ppo_scores_a_response_with_the_stop_token_that_the_reward_model_knows(
 def test_an_evaluation_goes_on_with_the_samples_that_are_there(finished, tmp_path, monkeypatch):
     out = copy(finished, tmp_path / "run", "labels.jsonl", "student.jsonl", "teacher.jsonl", "sft",
                "rm", "rl", "samples", "metrics.jsonl")
-    monkeypatch.setattr(grading, "generate", lambda model, prompts, **_: iter(
+    monkeypatch.setattr(generate, "generate", lambda model, prompts, **_: iter(
         [] if not prompts else pytest.fail("asked again")))
     evaluation.main([*COMMON, *out])
     again = json.loads((tmp_path / "run" / "report.json").read_text())
@@ -554,9 +554,9 @@ def test_an_evaluation_goes_on_with_the_samples_that_are_there(finished, tmp_pat
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(b"".join(lines[:40]) + lines[40][:9])       # killed among the greedy ones
     asked = []
-    generate = grading.generate
-    monkeypatch.setattr(grading, "generate", lambda model, prompts, **kwargs: (
-        asked.append(len(prompts)) or generate(model, prompts, **kwargs)))
+    original = generate.generate
+    monkeypatch.setattr(generate, "generate", lambda model, prompts, **kwargs: (
+        asked.append(len(prompts)) or original(model, prompts, **kwargs)))
     evaluation.main([*COMMON, *out])
     assert sorted(asked)[-2:] == [41, 80]
     again = json.loads((tmp_path / "run" / "report.json").read_text())

@@ -174,7 +174,7 @@ def test_a_prompt_that_is_too_long_fails_alone(monkeypatch):
         for i in range(len(prompts)):
             for j in range(kwargs["n"]):
                 yield i, j, Sample(tokenizer.encode("#### 7"), [], True)
-    monkeypatch.setattr(teacher, "generate", generate)
+    monkeypatch.setattr("nanodistill.generate.generate", generate)
     sampler = teacher.local(model, tokenizer, TASK, 8, 4)
     samples = list(sampler(QUESTIONS, [0.5, 1.0], 3))
     assert len(samples) == 12 and len(long) >= 1

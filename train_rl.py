@@ -56,7 +56,7 @@ class Config(Common):
     learning_rate: float = flag(None, "of the policy", above=0)
     value_learning_rate: float = flag(None, "of the value model", above=0)
     warmup: float = flag(0.05, "share of the steps in which the learning rates rise; then they "
-                         "fall to 0 at the last", least=0, most=1)
+                         "fall linearly towards 0", least=0, most=1)
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm", above=0)
     # The algorithm.
     clip: float = flag(0.2, "the ratio is kept within 1 - clip and 1 + clip", above=0)
@@ -264,8 +264,7 @@ def train(config, folder, device, dtype):
             closed = [row[:-1] + [tokenizer.eos_ids[0]] if s.ended else row
                       for row, s in zip(rows, samples)]
             (old_logprobs, entropy, ref_logprobs, old_values, scores), micro_batch = \
-                run.halve_when_full(describe, micro_batch, "--micro-batch", config, models, rows,
-                                    counts, closed)
+                run.halve_when_full(describe, micro_batch, config, models, rows, counts, closed)
 
             # ---- 3. rewards: the score at the last token, less the drift from the reference ----
             shaped = ppo.whiten(scores, torch.ones_like(ended)) if config.whiten_scores else scores
@@ -289,10 +288,10 @@ def train(config, folder, device, dtype):
             history = []                                  # what each minibatch measured
             for minibatch in responses.minibatches(B, minibatch_size, config.ppo_epochs, rng):
                 measured, micro_batch = run.halve_when_full(
-                    gradients, micro_batch, "--micro-batch", config, policy, value_model,
+                    gradients, micro_batch, config, policy, value_model,
                     optimizers, minibatch, experience)
                 history.append(measured)
-                # The one wait for the device per update. NaN exceeds too.
+                # NaN exceeds too.
                 kl_exceeded = not measured["approx_kl"].item() <= config.kl_limit
                 norms = [optim.clipped_step(value_model, [value_optimizer], config.max_grad_norm)]
                 if not kl_exceeded:

@@ -5,14 +5,14 @@
                                                          Bradley-Terry pairs
 
 Reads teacher.jsonl, labels.jsonl and sft/ (runs the stages before it if something is missing).
-Samples the SFT student on the training questions into student.jsonl, labels those responses by the
-teacher's vote, and trains the SFT student's trunk with a scalar head on both. Writes rm/, an HF
-folder. PPO will ask for scores of what the *student* writes: hence its responses in the data.
+Samples the SFT student on the training questions with a vote into student.jsonl, labels those
+responses by the vote, and trains the SFT student's trunk with a scalar head on both. Writes rm/, an
+HF folder. PPO will ask for scores of what the *student* writes: hence its responses in the data.
 
 What to look at: AUC on held-out student responses (0.5 is chance, 1 ranks every good response above
 every bad one); its calibration (sigmoid(score) is a probability: of the responses with 0.8, about
-80% should be good); and the last line, which shows that a score does not depend on padding. The
-weights kept are those of the best held-out AUC on student responses.
+80% should be good); and the line before the last, which shows that a score does not depend on
+padding. The weights kept are those of the best held-out AUC on student responses.
 
 The score is the output at the last token. With bce, earlier tokens learn to foresee it (arXiv
 2110.14168 found this to help its verifiers), which is also what PPO's value model starts from. The
@@ -46,8 +46,8 @@ class Config(Common):
     rm_data: str = flag("both", "whose responses are trained on", ("teacher", "student", "both"))
     rm_loss: str = flag("bce", "bce: good or not, each by itself; bt: a good one above a bad one "
                         "of the same question", ("bce", "bt"))
-    token_loss: float = flag(0.5, "with bce: weight of the same loss at the response's earlier "
-                             "tokens, which predict the outcome; 0 = the last token alone", least=0)
+    token_loss: float = flag(0.5, "with bce: weight of the same loss before each response token, "
+                             "where the outcome is predicted; 0 = the last token alone", least=0)
     epochs: float = flag(1.0, "passes over the responses (over the questions' pairs for bt)",
                          above=0)
     batch_size: int = flag(None, "responses (or pairs) per optimizer step", least=1)
@@ -111,8 +111,8 @@ def pairs_of(examples, seed):
 
 
 def summed_bce(model, examples, count, tokens, token_loss):
-    """Loss of `examples`, each by its last token, over the whole batch's `count` of them. The
-    earlier response tokens, `tokens` in the whole batch, weigh `token_loss` together."""
+    """BCE at each example's last token, divided by the batch's `count` of examples; plus
+    `token_loss` times the BCE before each response token, divided by the batch's `tokens`."""
     packed = pack([e.ids for e in examples], model.score.weight.device)
     # From the prompt's last token on: these are the value model's states.
     counts = [len(e.ids) - e.prompt_length + 1 if token_loss else 1 for e in examples]
@@ -166,11 +166,12 @@ def train(config, folder, device, dtype):
                          shape.max_position_embeddings - config.max_new_tokens)
     teacher_rows = [row for row in teacher_rows if row["id"] in prompts]
     if not prompts:
-        sys.exit(f"{folder / 'labels.jsonl'} holds no vote: there is nothing to learn from.")
+        sys.exit(f"No question has both a vote in {folder / 'labels.jsonl'} and a prompt that "
+                 "fits the student's positions: there is nothing to learn from.")
     batch_size = config.batch_size
     choice = run.fitted("rm", config, shape, dtype, device,
                         max(map(len, prompts.values())), config.max_new_tokens,
-                        batch=batch_size * (1 + (config.rm_loss == "bt")),
+                        batch=batch_size * (2 if config.rm_loss == "bt" else 1),
                         jobs=len(prompts) * config.samples)
     micro_batch = choice.micro_batch
     run.made_from(folder, "student.jsonl", "sft")
@@ -193,10 +194,8 @@ def train(config, folder, device, dtype):
                 if len(ids) <= shape.max_position_embeddings:
                     label = task.equal(r["answer"], vote)
                     split[source].append(Example(row["id"], len(prompt), ids, label))
-    examples = []
-    for source, rows in training.items():
-        if config.rm_data in (source, "both"):
-            examples += rows
+    examples = [e for source, rows in training.items() if config.rm_data in (source, "both")
+                for e in rows]
     if config.rm_loss == "bt":
         examples = pairs_of(examples, config.seed)
     kind = "pairs" if config.rm_loss == "bt" else "responses"
@@ -248,7 +247,7 @@ def train(config, folder, device, dtype):
             if step and step % max(steps // config.evals, 1) == 0:
                 watch.settle()
                 (_, figures), micro_batch = run.halve_when_full(
-                    evaluate, micro_batch, "--micro-batch", model, held_out)
+                    evaluate, micro_batch, model, held_out)
                 metrics(step, **{f"{k}_{s}": v for s, f in figures.items() for k, v in f.items()})
                 shown = [f"{s} AUC {f['auc']:.3f} accuracy {f['accuracy']:.3f}"
                          for s, f in figures.items()]
@@ -261,8 +260,8 @@ def train(config, folder, device, dtype):
             order = list(range(len(examples)))
             random.Random(f"{config.seed} {step // batches}").shuffle(order)
             batch = [examples[i] for i in order[step % batches * batch_size:][:batch_size]]
-            total, micro_batch = run.halve_when_full(gradients, micro_batch, "--micro-batch",
-                                                     config, model, optimizers, batch)
+            total, micro_batch = run.halve_when_full(gradients, micro_batch, config, model,
+                                                     optimizers, batch)
             rate = config.learning_rate * optim.schedule(step, steps, config.warmup, last=0.1)
             optim.set_rate(optimizers, rate)
             norm = optim.clipped_step(model, optimizers, config.max_grad_norm)
@@ -285,8 +284,7 @@ def train(config, folder, device, dtype):
 
     # ---- save ----
     watch.settle(model)
-    (scores, figures), micro_batch = run.halve_when_full(evaluate, micro_batch, "--micro-batch",
-                                                         model, held_out)
+    (scores, figures), micro_batch = run.halve_when_full(evaluate, micro_batch, model, held_out)
     if figures["student"]["auc"] < best:
         model.load_state_dict(best_weights, strict=False)
         scores, figures = evaluate(micro_batch, model, held_out)

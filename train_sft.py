@@ -47,7 +47,7 @@ class Config(Common):
                          most=1)
     weight_decay: float = flag(0.0, "AdamW's", least=0)
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm", above=0)
-    evals_an_epoch: int = flag(2, "held-out evaluations per epoch", least=1)
+    evals_per_epoch: int = flag(2, "held-out evaluations per epoch", least=1)
     save_minutes: float = flag(10.0, "time between checkpoints", above=0, result=False)
 
 
@@ -71,7 +71,7 @@ def main(argv=None):
 
 
 def summed_loss(model, rows, denominator):
-    """Cross-entropy of the response tokens of `rows`, summed, over `denominator`.
+    """Cross-entropy of the response tokens of `rows`: their sum divided by `denominator`.
 
     rows: [(prompt ids, response ids)].
     """
@@ -136,7 +136,7 @@ def train(config, folder, source, device, dtype):
         print(f"sft: that is less than one batch of {config.batch_size}: a step takes all of them")
     batches = len(training) // batch_size
     steps = max(int(config.epochs * batches), 1)
-    eval_every = max(batches // config.evals_an_epoch, 1)
+    eval_every = max(batches // config.evals_per_epoch, 1)
 
     # ---- model and optimizer ----
     choice = run.fitted("sft", config, shape, dtype, device,
@@ -167,9 +167,9 @@ def train(config, folder, source, device, dtype):
         while step < steps:
             if step % eval_every == 0:
                 watch.settle()
-                loss, micro_batch = run.halve_when_full(held_out_loss, micro_batch,
-                                                        "--micro-batch", model, held_out)
-                watch(step, torch.tensor(loss if held_out else 0.0))
+                loss, micro_batch = run.halve_when_full(held_out_loss, micro_batch, model, held_out)
+                if held_out:
+                    watch(step, torch.tensor(loss))
                 watch.settle()
                 metrics(step, held_out_loss=loss)
                 bar.write(f"sft: step {step}, held-out loss {loss:.4f}")
@@ -182,7 +182,7 @@ def train(config, folder, source, device, dtype):
             random.Random(f"{config.seed} {step // batches}").shuffle(order)
             rows = [training[i] for i in order[step % batches * batch_size:][:batch_size]]
             rows.sort(key=lambda row: len(row[0]) + len(row[1]))
-            total, micro_batch = run.halve_when_full(gradients, micro_batch, "--micro-batch", model,
+            total, micro_batch = run.halve_when_full(gradients, micro_batch, model,
                                                      optimizer, rows)
             rate = config.learning_rate * optim.schedule(step, steps, config.warmup, last=0.1)
             optim.set_rate([optimizer], rate)
@@ -207,9 +207,10 @@ def train(config, folder, source, device, dtype):
 
     # ---- save ----
     watch.settle(model)
-    loss, micro_batch = run.halve_when_full(held_out_loss, micro_batch, "--micro-batch", model,
+    loss, micro_batch = run.halve_when_full(held_out_loss, micro_batch, model,
                                             held_out)
-    watch(step, torch.tensor(loss if held_out else 0.0))
+    if held_out:
+        watch(step, torch.tensor(loss))
     watch.settle()
     if loss > best:
         model.load_state_dict(best_weights, strict=False)

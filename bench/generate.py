@@ -7,7 +7,7 @@
 Backs the README's rows of sampling, bf16, one thread; useful tokens are those up to the EOS:
 
                                  ours                     Hugging Face `generate`
-    --batch 1                    58 tokens a second       33
+    --batch 1                    58 tokens per second       33
     --batch 16                   377                      130
     --batch 64                   534                      151
     --load samples --batch 30    427 useful ones          72

@@ -49,8 +49,8 @@ class Samples:
         rows = files.read_jsonl(file)
         if rows[:1] != [origin]:
             files.write_atomic(file, json.dumps(origin) + "\n")
-        self.rows = {(row["what"], row["id"]): row["responses"] for row in rows[1:]
-                     if rows[0] == origin}
+            rows = [origin]
+        self.rows = {(row["what"], row["id"]): row["responses"] for row in rows[1:]}
         self.append = files.Appender(file)
 
     def __call__(self, what, questions, n, temperature):

@@ -8,8 +8,8 @@ A new task takes
     3. its name among the choices of --task in nanodistill/settings.py;
     4. a line in PROMPTS of data/dry_run.py: how long its prompts are.
 
-Gold answers are read through `gold` alone. `questions` carries none, so that no stage that trains
-gets one with its questions.
+Stages read gold answers through `gold` alone. `questions` carries none, so that no stage that
+trains gets one with its questions.
 """
 
 import sys

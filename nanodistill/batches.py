@@ -50,12 +50,11 @@ class Packed:
 def pack(rows, device="cpu", cache=None):
     """Lists of token ids, none empty -> Packed.
 
-    All counting is done on the host, so nothing waits for the device.
+    All counting is done on the host: the device is never asked for a number.
     """
     lengths = [len(row) for row in rows]
     positions = torch.cat([torch.arange(n) for n in lengths])
-    first = torch.arange(len(rows)) * max(lengths)                     # each row's first cell
-    cells = positions + torch.repeat_interleave(first, torch.tensor(lengths))
+    cells = torch.cat([b * max(lengths) + torch.arange(n) for b, n in enumerate(lengths)])
     ids = torch.tensor([token for row in rows for token in row])
     return Packed(ids.to(device), positions.to(device), cells.to(device), lengths, cache)
 
@@ -63,7 +62,7 @@ def pack(rows, device="cpu", cache=None):
 class KVCache:
     """Keys and values of B sequences, in tensors of fixed shape: one compiled step serves all.
 
-    Row b holds its own sequence from position 0 on. What lies past its newest token is stale and
+    Row b holds its own sequence from position 0 on. What lies past its last token is stale and
     never attended to. Keys are transposed: a decode step multiplies one query with all of them,
     and in bf16 on CPU that product takes a third of the time so.
     """
@@ -80,7 +79,7 @@ class KVCache:
         return view
 
     def copy_rows(self, other, source, target):
-        """Copy the rows `source` of a cache that is no longer to the rows `target` of this one."""
+        """Copy the rows `source` of `other`, which has at most as many positions, to `target`."""
         length = other.v.shape[3]
         self.k[:, target, :, :, :length] = other.k[:, source]
         self.v[:, target, :, :length] = other.v[:, source]

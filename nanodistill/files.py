@@ -79,7 +79,7 @@ def read_jsonl(path, *keys):
 
 
 class Appender:
-    """Appends dicts to a JSONL file, each on disk at once.
+    """Appends dicts to a JSONL file, each handed to the system at once: a kill loses none.
 
     What a killed writer left of its last line is cut off first.
     """
@@ -108,7 +108,7 @@ def _sha256(path, size, changed):
 def digest(path):
     """SHA-256 of a file; of a folder, of its config, tokenizer and weights. "" if it is absent.
 
-    The hub's cache names its files by what is in them, and is not read again.
+    In the hub's cache a file's name is its digest, and the file is not read.
     """
     path = Path(path)
     if path.is_dir():

@@ -51,7 +51,7 @@ class Slots:
     temperature: torch.Tensor              # (B,) 0 = greedy
     stream: torch.Tensor                   # (B,) int64, of the sample in this slot
     last: torch.Tensor                     # (B,) int64, the token to feed next
-    position: torch.Tensor                 # (B,) int64, where the newest token stands
+    position: torch.Tensor                 # (B,) int64, of the last token in the cache
     count: torch.Tensor                    # (B,) int64, tokens sampled so far
     done: torch.Tensor                     # (B,) bool: ended, or free
     tokens: torch.Tensor                   # (B, limit) int64
@@ -140,8 +140,8 @@ class Engine:
         self.cache = self.new_cache(B, longest + limit)
         self.slots = Slots.empty(B, limit, pad_id, self.device)
         self.owner = [None] * B                                        # the Job in each slot
-        # offset[b] + steps is where slot b's newest token stands, or less far: it is known without
-        # asking the device.
+        # Slot b has filled offset[b] + steps positions of the cache, or fewer: known without asking
+        # the device.
         self.steps, self.offset = 0, [0] * B
         # {index: cache and logits} of the prompt that still has samples in the queue.
         self.held = {}
@@ -183,7 +183,7 @@ class Engine:
         jobs = [self.queue.popleft() for _ in range(min(len(free), len(self.queue)))]
         again = [job for job in jobs if job.index in self.held]
         batches = prefill_batches(jobs[len(again):], self.prefill_tokens)
-        for batch in [again, *batches] if again else batches:
+        for batch in filter(None, [again, *batches]):
             rows, free = free[:len(batch)], free[len(batch):]
             for b, job in zip(rows, batch):
                 self.owner[b], self.offset[b] = job, len(job.prompt) - self.steps
@@ -199,7 +199,7 @@ class Engine:
         def on_device(numbers):
             return torch.tensor(numbers, device=self.device)
         place = {index: k for k, index in enumerate(prompts)}
-        source, rows = on_device([place[job.index] for job in jobs]), on_device(rows)
+        source, rows = on_device([place[job.index] for job in jobs]), on_device(rows)  # (jobs,)
         self.cache.copy_rows(fresh, source, rows)
         slots = self.slots
         slots.temperature[rows] = on_device([job.temperature for job in jobs])
@@ -303,8 +303,8 @@ def generate(model, prompts, *, eos_ids, pad_id, max_new_tokens, n=1, temperatur
         prompts: list of lists of token ids, none empty.
         temperature: one number, or n of them, one for each sample of a prompt. 0 is greedy.
         slots: sequences in flight; the KV cache holds slots * (longest prompt + max_new_tokens)
-            positions. Where memory runs out, the samples that are left are drawn with half of
-            them; no sample changes.
+            positions. Where a GPU's memory runs out, the samples that are left are drawn with half
+            of them; no sample changes.
         seed: an int. A sample follows from it, its prompt's id and its index, nothing else.
         compile: the decode step, by torch.compile, as CUDA graphs on CUDA; None: on CUDA.
         ids: a str for each prompt, all different; None: "0", "1", ...
@@ -315,8 +315,9 @@ def generate(model, prompts, *, eos_ids, pad_id, max_new_tokens, n=1, temperatur
     """
     temperatures = [temperature] * n if isinstance(temperature, (int, float)) else list(temperature)
     ids = list(map(str, range(len(prompts)))) if ids is None else ids
-    for fault in faults(model.config, prompts, ids, eos_ids, pad_id, max_new_tokens, n,
-                        temperatures, slots):
+    fault = next(faults(model.config, prompts, ids, eos_ids, pad_id, max_new_tokens, n,
+                        temperatures, slots), None)
+    if fault:
         raise ValueError(fault)
     left = {(i, j): Job(i, j, ids[i], prompt, float(temperatures[j]), stream_of(seed, ids[i], j))
             for i, prompt in enumerate(prompts) for j in range(n)}
@@ -332,7 +333,7 @@ def generate(model, prompts, *, eos_ids, pad_id, max_new_tokens, n=1, temperatur
                                    eos_ids, pad_id, compile):
                 del left[job.index, job.sample]
                 yield job.index, job.sample, sample
-            continue
+            return
         except torch.OutOfMemoryError:
             if slots == 1:
                 raise

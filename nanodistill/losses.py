@@ -193,7 +193,10 @@ class _Gradients:
             parts = max(weight.numel() // WORTH_COMPILING, 1)
             totals, columns = self.weight.tensor_split(parts), gradient.tensor_split(parts, dim=1)
             for total, part in zip(totals, columns):
-                _run(_add_, total, part.T @ hidden) if start else total.copy_(part.T @ hidden)
+                if start:
+                    _run(_add_, total, part.T @ hidden)
+                else:
+                    total.copy_(part.T @ hidden)
 
     def both(self, *above):
         """The two gradients, as they follow from the inputs and the gradients `above`."""
@@ -201,12 +204,15 @@ class _Gradients:
         # torch.compile itself refuses a second derivative.
         if torch.compiler.is_compiling():
             return both
-        return [x if x is None else _Scalar.apply(x, None, *self.inputs, *above) for x in both]
+        return [x if x is None else _Precomputed.apply(x, None, *self.inputs, *above) for x in both]
 
 
-class _Scalar(torch.autograd.Function):
+class _Precomputed(torch.autograd.Function):
     """A loss whose gradients are known when it is: backward only scales them, in place unless the
-    graph is kept for another backward. Given none, it is a number not to be differentiated."""
+    graph is kept for another backward.
+
+    Of a gradient, given none: its backward raises, for a second derivative would be silently wrong.
+    """
 
     @staticmethod
     def forward(ctx, loss, gradients, *inputs):
@@ -283,7 +289,7 @@ def linear_cross_entropy(hidden, weight, targets, denominator=None, ignore_index
             else:
                 losses = _run(_normalizer, logits)[:, None] - chosen
             loss += losses.sum()
-    return _Scalar.apply(loss * scale, gradients.both(), hidden, weight)
+    return _Precomputed.apply(loss * scale, gradients.both(), hidden, weight)
 
 
 def linear_distillation(hidden, weight, teacher_hidden, teacher_weight, kind="forward_kl",
@@ -320,7 +326,7 @@ def linear_distillation(hidden, weight, teacher_hidden, teacher_weight, kind="fo
             loss += _run(_distillation_, logits, teacher_logits, inverse_temperature, scale,
                          kind).sum()
             gradients.add(start, h, w, logits)
-    return _Scalar.apply(loss * scale, gradients.both(), hidden, weight)
+    return _Precomputed.apply(loss * scale, gradients.both(), hidden, weight)
 
 
 class _Logprobs(torch.autograd.Function):

@@ -118,7 +118,7 @@ def causal_attention(q, k, v):
 def grouped_attention(q, keys, values, mask):
     """Attention as two batched products, under any mask.
 
-    The queries of a group of heads are as many rows over the same keys, so that no key is copied.
+    The query heads that share a key-value head become rows of one product: no key is copied.
     q (B, K, Q, head_dim), keys (B, K, head_dim, S), values (B, K, S, head_dim), and mask (Q, S) or
     (B * K, 1, S), added to the logits -> (B, K, Q, head_dim).
     """

@@ -4,16 +4,18 @@ import torch
 
 
 def schedule(step, steps, warmup, last):
-    """The learning rate of step `step` of `steps` (from 0), as a share of its peak.
+    """The learning rate at step `step` (from 0) of `steps`, over --learning-rate.
 
-    It rises over the share `warmup` of the steps, and falls in a line to the share `last`.
+    The lesser of a rise over the first `warmup` of the steps, and of a line from 1 at step 0 to
+    `last` at step `steps`.
     """
     return min((step + 1) / max(warmup * steps, 1), 1 - (1 - last) * step / steps)
 
 
 def set_rate(optimizers, rate):
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["lr"] = rate
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
 
 
 def clipped_step(model, optimizers, max_norm):

@@ -1,7 +1,7 @@
 """PPO for language models: KL-shaped rewards, GAE, whitening, clipped policy and value losses, KL
 control.
 
-Everything is a function of tensors (B, T) over the *response* tokens of B right-padded sequences,
+Everything is a function of tensors (B, R) over the *response* tokens of B right-padded sequences,
 none of them empty. `mask` is True at every sampled token, the EOS included; what lies outside of it
 counts for nothing, even if it is NaN. Follows arXiv 1707.06347 (PPO), 1506.02438 (GAE), 1909.08593
 (KL penalty, adaptive coefficient) and "The N Implementation Details of RLHF with PPO". This file
@@ -20,8 +20,8 @@ import torch
 
 
 def masked_mean(x, mask, denominator=None):
-    """Mean of x where mask is True, or their sum over `denominator`: the whole batch's token count
-    under gradient accumulation."""
+    """Mean of x where mask is True, or their sum divided by `denominator`: the whole batch's token
+    count under gradient accumulation."""
     total = x.masked_fill(~mask, 0).sum()
     return total / (mask.sum().clamp(min=1) if denominator is None else denominator)
 
@@ -49,7 +49,7 @@ def kl_k3(logprobs, ref_logprobs):
 
 
 def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
-    """rewards (B, T): -kl_coef * (logprobs - ref_logprobs) at each token, and the response's score
+    """rewards (B, R): -kl_coef * (logprobs - ref_logprobs) at each token, and the response's score
     (B,) added at its last one."""
     # On CUDA, looking would wait for the device.
     assert not mask.is_cpu or (mask[:, 0].all() and not (mask[:, 1:] & ~mask[:, :-1]).any()), \
@@ -61,7 +61,7 @@ def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
-    """Generalised advantage estimation -> advantages, returns (B, T), 0 outside the mask.
+    """Generalised advantage estimation -> advantages, returns (B, R), 0 outside the mask.
 
     delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}; past the last token V
     and A are 0.
@@ -77,7 +77,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, denominator=None):
     """Clipped surrogate loss, and measurements without gradient: {"ratio", "approx_kl" (k3 against
-    old), "clipfrac"}, means over the masked tokens."""
+    old), "clipfrac"}, each a `masked_mean`."""
     # Filled before exp: no NaN gradient leaves from outside the mask.
     log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0)
     ratio = log_ratio.exp()
@@ -91,11 +91,11 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, denominator=
 
 
 def value_loss(values, old_values, returns, mask, clip=0.2, denominator=None):
-    """Half the squared error, the worse of the values and of the values kept within `clip` of the
-    old ones."""
+    """Half the mean squared error; per token the larger of that of `values` and that of `values`
+    clipped to within `clip` of `old_values`."""
     values = values.masked_fill(~mask, 0)
     near = old_values + (values - old_values).clamp(-clip, clip)
-    errors = torch.maximum((values - returns) ** 2, (near - returns) ** 2)     # (B, T)
+    errors = torch.maximum((values - returns) ** 2, (near - returns) ** 2)     # (B, R)
     return 0.5 * masked_mean(errors, mask, denominator)
 
 

@@ -147,12 +147,16 @@ def end_with(parent):
 
 
 def need(there, path, script, config):
-    """Unless `path` is there, run the stage that makes it, and say so. It reads settings.json."""
+    """Unless `path` is there, run the stage that makes it, and say so.
+
+    That stage takes its settings from settings.json.
+    """
     if there:
         return
-    print(f"\n{path} is missing: running {script} first", flush=True)
+    print(f"\n{path} is missing: running {script}", flush=True)
     command = [sys.executable, str(Path(__file__).parent.parent / script), "--out", config.out]
     take(config.out)
+    # The child inherits the lock and a pipe's read end; the pipe closes when this process dies.
     lock, (parent, ours) = _taken[Path(config.out).resolve()], os.pipe()
     child, came = None, []
 

@@ -4,7 +4,7 @@ responses are taken together.
 `rows` are B lists of token ids, prompt + response, whose last `counts[b]` tokens are the response.
 A tensor (B, R) has a row per response and a column per response token. R is the longest response;
 shorter ones are padded on the right with zeros. Inside, sequences lie end to end (`pack`), so that
-no model computes on padding.
+only attention computes on padding.
 """
 
 import torch

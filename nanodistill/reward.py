@@ -40,6 +40,6 @@ def bce_loss(scores, labels, weights):
 def bt_loss(good, bad, denominator):
     """Bradley-Terry pairs of one question: -log sigmoid(good - bad) (arXiv 2203.02155, eq. 1).
 
-    good, bad: (B,). Returns the sum over `denominator`.
+    good, bad: (B,). Returns the sum divided by `denominator`.
     """
     return -F.logsigmoid(good - bad).sum() / denominator

@@ -92,10 +92,11 @@ def fitted(stage, config, model, dtype, device, prompt, response, batch=0, jobs=
     return choice
 
 
-def halve_when_full(work, size, flag, *args):
+def halve_when_full(work, size, *args):
     """`work(size, *args)`; where memory runs out, again with half the size. -> (result, size).
 
-    `work` must begin anew each time. Where size 1 is too much the error stays: see process.guard.
+    size: the stage's --micro-batch. `work` must begin anew each time. Where size 1 is too much the
+    error stays: see process.guard.
     """
     while True:
         try:
@@ -107,7 +108,8 @@ def halve_when_full(work, size, flag, *args):
         size //= 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        print(f"\nout of memory: once more, and from here on, with {flag} {size}", file=sys.stderr)
+        print(f"\nout of memory: once more, and from here on, with --micro-batch {size}",
+              file=sys.stderr)
 
 
 class Bar(tqdm):
@@ -137,9 +139,9 @@ def held_out(question_id, share=0.05):
 # ---- metrics ----
 
 class Metrics:
-    """metrics.jsonl: one line per step, {"stage", "step", ...}.
+    """metrics.jsonl: measurements by stage and step, {"stage", "step", ...}.
 
-    Tensors become numbers here, so that one sync serves them all. A stage that does not go on from
+    Tensors become numbers here. A stage that does not go on from
     a checkpoint starts `anew`, which a line of its own says: what came before is another run's.
     """
 
@@ -173,9 +175,8 @@ def read_metrics(folder, stage):
 class Watch:
     """Stops a stage at the first number that is not finite: `watch(step, *tensors)`.
 
-    It looks at each step's numbers when the next one's come, so that nothing waits for the device;
-    `settle` looks at the last ones, before anything is measured; and at all weights of the
-    `models` that are to be saved.
+    It looks at each step's numbers when the next step's come: one wait per step. `settle` looks at
+    the last ones, before anything is measured, and at all weights of the `models` to be saved.
     """
 
     def __init__(self, stage):
@@ -210,6 +211,7 @@ def stale(folder):
 
 
 def refuse_stale(folder):
+    """Raises SystemExit with what is `stale`."""
     problems = stale(folder)
     if problems:
         sys.exit("\n".join(problems[:3]))
@@ -218,7 +220,7 @@ def refuse_stale(folder):
 def made_from(folder, name, *inputs):
     """Write down, before `name` is made, what it is made from: names in the run folder or paths.
 
-    Raises SystemExit if a part of it is there and was made from something else.
+    Raises SystemExit if anything in the folder was made from other inputs than lie there now.
     """
     refuse_stale(folder)
     if not settings.begun(folder / name):
@@ -230,7 +232,7 @@ def made_from(folder, name, *inputs):
 def keep(folder, name):
     """Say that `name` in the run folder is whole, and stays.
 
-    Raises SystemExit if it was made from something else than lies there now.
+    Raises SystemExit if anything in the folder was made from other inputs than lie there now.
     """
     refuse_stale(Path(folder))
     print(f"{Path(folder, name)} is complete; delete it to train again")

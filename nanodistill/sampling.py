@@ -98,6 +98,7 @@ def choose_by_blocks(logits, temperature, u, any_greedy):
     row = which[:, :, None].expand(-1, -1, size)
     inner = blocks.gather(1, row).squeeze(1).cumsum(dim=-1)            # (B, size)
     whole = inner[:, -1:]
+    # cdf[which] is the sum at the block's end: this is how far u lies into the block.
     mark = torch.minimum(mark - cdf.gather(1, which) + whole, whole * BELOW_ONE).clamp(min=0)
     within = torch.searchsorted(inner, mark, right=True).clamp(max=size - 1)
     tokens = which * size + within                                     # (B, 1)

@@ -15,8 +15,7 @@ What to look at: ratio 1 and approx_kl 0 in the first minibatch of each step; sc
 per response from the reference) rising slowly; and true_accuracy, a diagnostic measured against
 gold that nothing here trains on or decides by. Score up with true_accuracy down is reward hacking.
 Left out: an entropy bonus; a choice among checkpoints (the last one is the result).
-Shapes: B responses per step, R tokens of the longest. What there is per response token is a tensor
-(B, R), padded on the right (nanodistill/responses.py).
+Per-token quantities are (B, R) tensors, padded on the right: B responses, R tokens of the longest.
 """
 
 import random
@@ -28,9 +27,9 @@ import torch
 
 import train_rm
 from data import grading, prompts_of, ready, task_of
-from nanodistill import files, optim, ppo, process, responses, run, settings, weights
+from nanodistill import files, lora, optim, ppo, process, responses, run, settings, weights
 from nanodistill.generate import generate
-from nanodistill.model import ScalarModel
+from nanodistill.model import CausalLM, ScalarModel
 from nanodistill.reward import score
 from nanodistill.settings import Common, flag
 from nanodistill.tokenizer import Tokenizer
@@ -66,19 +65,16 @@ class Config(Common):
     kl_coef: float = flag(0.05, "reward lost per nat of drift from the reference", least=0)
     kl_control: str = flag("fixed", "adaptive: kl_coef follows kl_target", ("fixed", "adaptive"))
     kl_target: float = flag(6.0, "nats per response that adaptive control aims at", above=0)
-    kl_limit: float = flag(0.1, "the update ends early when a minibatch's approx_kl passes this "
-                           "(nats per token)", above=0)
+    kl_limit: float = flag(0.1, "an update ends early above this approx_kl per token", above=0)
     # Scores and values.
     score: str = flag(None, "logit: the reward model's output; probability: its sigmoid, for a "
                       "reward model trained with bce; the values likewise",
                       ("logit", "probability"))
-    whiten_scores: bool = flag(None, "scores to mean 0 and variance 1 within a step, before the "
-                               "KL penalty")
+    whiten_scores: bool = flag(None, "scores to mean 0 and variance 1, before the KL penalty")
     whiten_advantages: bool = flag(True, "advantages to mean 0 and variance 1 within a step")
     no_eos_penalty: float = flag(None, "taken from the (whitened) score of a response that never "
                                  "ends", least=0)
-    value_from: str = flag("reward", "what the value model starts from: the reward model or the "
-                           "policy", ("reward", "policy"))
+    value_from: str = flag("reward", "what the value model starts from", ("reward", "policy"))
     save_minutes: float = flag(10.0, "time between checkpoints", above=0, result=False)
 
     def problems(self, given):
@@ -86,7 +82,8 @@ class Config(Common):
         rules = [
             ("kl_target" in given and self.kl_control == "fixed",
              "--kl-target does nothing without --kl-control adaptive"),
-            (batch % self.minibatches, f"--prompts x --samples = {batch} responses do not split "
+            (self.lora and self.value_from == "policy", "--value-from policy: not with --lora"),
+            (batch % self.minibatches, f"{batch} responses (--prompts x --samples) do not split "
              f"into --minibatches {self.minibatches}")]
         return [message for wrong, message in rules if wrong]
 
@@ -153,12 +150,13 @@ def total(measurements):
     return {key: sum(m[key] for m in measurements) for key in measurements[0]}
 
 
-def gradients(micro_batch, config, policy, value_model, optimizers, minibatch, experience):
+def gradients(micro_batch, config, models, optimizers, minibatch, experience):
     """Make both models' gradients of a minibatch's losses, `micro_batch` responses at a time;
     returns losses and measurements, each a mean over the minibatch's response tokens."""
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    e, device, R = experience, policy.head.device, max(experience.counts)
+    (policy, _, _, value_model), e = models, experience
+    device, R = policy.head.device, max(e.counts)
     # Every loss is divided by this: the gradient is the same whatever the micro-batch.
     tokens, parts = sum(e.counts[b] for b in minibatch), []
     for mb in responses.alike(minibatch, e.rows, micro_batch):
@@ -194,30 +192,34 @@ def train(config, folder, device, dtype):
     questions = [q for q in questions if q["id"] in prompts]
     asked = {q["id"]: q["question"] for q in questions}
     if not questions:
-        sys.exit(f"{folder / 'labels.jsonl'} holds no vote on a question that is not held out: "
-                 "there is nothing to ask.")
+        sys.exit(f"{folder / 'labels.jsonl'} holds no vote on a question that is not held out.")
     print(f"rl: {len(questions)} questions, {B} responses per step, "
           f"{config.ppo_epochs} x {config.minibatches} minibatches of {minibatch_size}")
     choice = run.fitted("rl", config, shape, dtype, device, max(map(len, prompts.values())),
                         config.max_new_tokens, batch=minibatch_size, jobs=B)
     micro_batch, slots = choice.micro_batch, choice.slots
 
-    # ---- models: fp32 weights for what is trained, the arithmetic's dtype for what is frozen ----
-    policy = weights.load(folder / "sft", device=device).train()
+    # ---- models: what is trained is fp32, what is frozen has the arithmetic's dtype ----
     reference = weights.load(folder / "sft", device=device, dtype=dtype).requires_grad_(False)
-    reward_model = weights.load(folder / "rm", ScalarModel, device=device, dtype=dtype)
+    if config.lora:
+        # One trunk, four models: the reference is it, the others are its weights and an adapter.
+        policy = lora.adapt(lora.share(reference), config.lora)
+        reward_model = weights.load_adapter(folder / "rm" / "adapter", reference, ScalarModel)
+        value_model = weights.load_adapter(folder / "rm" / "adapter", reference, ScalarModel)
+        print(f"rl: {lora.described(policy)}")
+    else:
+        policy = weights.load_to_train(folder / "sft", CausalLM, device, dtype)
+        reward_model = weights.load(folder / "rm", ScalarModel, device=device, dtype=dtype)
+        value_from = folder / ("rm" if config.value_from == "reward" else "sft")
+        value_model = weights.load_to_train(value_from, ScalarModel, device, dtype)
     reward_model.requires_grad_(False)
-    value_from = folder / ("rm" if config.value_from == "reward" else "sft")
-    value_model = weights.load(value_from, ScalarModel, device=device).train()
-    for model in (policy.model, value_model.model):
-        model.dtype, model.checkpoint = dtype, choice.checkpoint
+    policy.model.checkpoint = value_model.model.checkpoint = choice.checkpoint
     models = policy, reference, reward_model, value_model
 
     # ---- optimizers ----
-    adam = dict(lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    policy_optimizer = torch.optim.AdamW(policy.parameters(), **adam)
-    value_optimizer = torch.optim.AdamW(value_model.parameters(), **adam)
-    optimizers = policy_optimizer, value_optimizer
+    optimizers = policy_optimizer, value_optimizer = [torch.optim.AdamW(
+        lora.trained(model).values(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        for model in (policy, value_model)]
 
     # ---- resume ----
     checkpoint = folder / "rl" / "resume.pt"
@@ -288,8 +290,7 @@ def train(config, folder, device, dtype):
             history = []                                  # what each minibatch measured
             for minibatch in responses.minibatches(B, minibatch_size, config.ppo_epochs, rng):
                 measured, micro_batch = run.halve_when_full(
-                    gradients, micro_batch, config, policy, value_model,
-                    optimizers, minibatch, experience)
+                    gradients, micro_batch, config, models, optimizers, minibatch, experience)
                 history.append(measured)
                 # NaN exceeds too.
                 kl_exceeded = not measured["approx_kl"].item() <= config.kl_limit
@@ -339,7 +340,7 @@ def train(config, folder, device, dtype):
               f"{row['ended'] - row['answered']:.1%} ended without an answer")
     metrics(config.steps, seconds=metrics.seconds(seconds))
     (folder / "report.md").unlink(missing_ok=True)                # of an earlier student
-    weights.save(policy, folder / "rl", folder / "sft")
+    weights.save(policy, folder / "rl", folder / "sft", base=folder / "sft")
     print(f"rl: -> {folder / 'rl'}")
     checkpoint.unlink(missing_ok=True)
 

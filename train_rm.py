@@ -29,7 +29,7 @@ import torch
 import train_sft
 from data import prompts_of, ready, response_ids, task_of
 from data.teacher import collect, local, shares
-from nanodistill import files, optim, process, run, settings, weights
+from nanodistill import files, lora, optim, process, run, settings, weights
 from nanodistill.batches import pack
 from nanodistill.model import ScalarModel
 from nanodistill.reward import bce_loss, bt_loss, score, score_sequences
@@ -212,12 +212,14 @@ def train(config, folder, device, dtype):
     steps = max(int(config.epochs * batches), 1)
 
     # ---- model and optimizers ----
-    model = weights.load(folder / "sft", ScalarModel, device=device).train()
-    model.model.dtype, model.model.checkpoint = dtype, choice.checkpoint
+    model = weights.load_to_train(folder / "sft", ScalarModel, device, dtype, config.lora)
+    model.model.checkpoint = choice.checkpoint
+    if config.lora:
+        print(f"rm: {lora.described(model)}")
     # Of a few thousand labels the tiny reward model learns far more facts with Muon: AUC 0.85 after
     # half a pass, where AdamW has 0.79 (docs/log.md).
     matrices, rest = [], []
-    for name, p in model.named_parameters():
+    for name, p in lora.trained(model).items():
         for_muon = config.optimizer == "muon" and p.dim() == 2 and name.startswith("model.layers")
         (matrices if for_muon else rest).append(p)
     parts = dict(model=model, optimizer=torch.optim.AdamW(
@@ -301,7 +303,7 @@ def train(config, folder, device, dtype):
     print(f"rm: score alone against score in a padded batch: largest difference {gap:.1e}")
     metrics(step, **{f"{k}_{s}": v for s, f in figures.items() for k, v in f.items()},
             padding_gap=gap, **shares(student_rows), seconds=metrics.seconds(seconds))
-    weights.save(model, folder / "rm", folder / "sft")
+    weights.save(model, folder / "rm", folder / "sft", base=folder / "sft")
     checkpoint.unlink(missing_ok=True)
     print(f"rm: -> {folder / 'rm'}")
 

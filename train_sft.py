@@ -22,9 +22,10 @@ from pathlib import Path
 import torch
 
 from data import hub, prompts_of, ready, task_of, teacher
-from nanodistill import files, optim, process, run, settings, weights
+from nanodistill import files, lora, optim, process, run, settings, weights
 from nanodistill.batches import pack
 from nanodistill.losses import linear_cross_entropy
+from nanodistill.model import CausalLM
 from nanodistill.settings import Common, flag
 from nanodistill.tokenizer import Tokenizer
 
@@ -143,9 +144,11 @@ def train(config, folder, source, device, dtype):
                         max(len(prompt) for prompt, _ in training + held_out),
                         max(len(response) for _, response in training + held_out), batch=batch_size)
     micro_batch = choice.micro_batch
-    model = weights.load(source, device=device).train()
-    model.model.dtype, model.model.checkpoint = dtype, choice.checkpoint
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95),
+    model = weights.load_to_train(source, CausalLM, device, dtype, config.lora)
+    model.model.checkpoint = choice.checkpoint
+    if config.lora:
+        print(f"sft: {lora.described(model)}")
+    optimizer = torch.optim.AdamW(lora.trained(model).values(), lr=0.0, betas=(0.9, 0.95),
                                   weight_decay=config.weight_decay, fused=True)
 
     # ---- resume ----
@@ -217,7 +220,7 @@ def train(config, folder, source, device, dtype):
     metrics(step, held_out_loss=loss, best=min(loss, best), seconds=metrics.seconds(seconds))
     print(f"sft: held-out loss {loss:.4f} at the end, best {min(loss, best):.4f}, kept -> "
           f"{folder / 'sft'}")
-    weights.save(model, folder / "sft", source)
+    weights.save(model, folder / "sft", source, base=config.student)
     checkpoint.unlink(missing_ok=True)
 
 

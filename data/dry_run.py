@@ -107,7 +107,9 @@ def cost(stage, settings, models, counts, slots=256, checkpoint=False):
     """
     config, work, student = settings[stage], Cost(), models[-1]
     long, prompt = PROMPTS[config.task]
-    response, times = config.max_new_tokens / 2, 8 if checkpoint else 6
+    # Frozen weights want no gradient of their own.
+    response, saved = config.max_new_tokens / 2, 2 if config.lora else 0
+    times = (8 if checkpoint else 6) - saved
     samples, train, test = getattr(config, "samples", 0), counts["train"], counts["test"]
     taught = getattr(settings.get("teacher"), "samples", 10)
     sample = functools.partial(work.sample, prompt=prompt, response=response, slots=slots,
@@ -116,7 +118,7 @@ def cost(stage, settings, models, counts, slots=256, checkpoint=False):
     if stage == "teacher":
         sample(student, train, samples)
     elif stage == "sft":
-        run(config.epochs * train * taught * GOOD, times=times, head=6)
+        run(config.epochs * train * taught * GOOD, times=times, head=6 - saved)
     elif stage == "rm":
         sample(student, train, samples)
         run(config.epochs * train * (taught + samples), times=times)
@@ -125,7 +127,7 @@ def cost(stage, settings, models, counts, slots=256, checkpoint=False):
         sample(student, prompts, samples)
         for head in (2, 2, 0, 0):                    # policy, reference; value and reward model
             run(drawn, head=head)
-        for head in (8, 0):                          # policy; value model
+        for head in (8 - saved, 0):                  # policy; value model
             run(drawn * config.ppo_epochs, times=times, head=head)
     else:
         for model in models:
@@ -159,9 +161,9 @@ def fitted(stage, config, model, counts, free, device):
     args = stage, model, torch.float32 if fp32 else torch.bfloat16
     choice = choose(*args, free, batch=batch, jobs=jobs, slots=config.slots, **where,
                     micro_batch=getattr(config, "micro_batch", 0),
-                    checkpoint=getattr(config, "checkpoint", None))
+                    checkpoint=getattr(config, "checkpoint", None), rank=config.lora)
     return choice, plan(*args, batch=batch, micro_batch=choice.micro_batch, slots=choice.slots,
-                        checkpoint=choice.checkpoint, **where)
+                        checkpoint=choice.checkpoint, rank=config.lora, **where)
 
 
 def memories(device):
@@ -227,13 +229,14 @@ def shape(name, role, revision=""):
     return weights.load_config(hub.resolve(name, role, revision, weights=False))
 
 
+def cell(name, stage, micro_batch, rank=0):
+    peak = plan(stage, SIZES[name].shape, torch.bfloat16, batch=64, micro_batch=micro_batch,
+                slots=64, prompt=256, response=512, rank=rank)["peak"]
+    return f"{peak / 1e9:.1f} ({next((gb for gb in GBS if peak <= gb * USED), 'none')})"
+
+
 def table():
     """README's "What fits which card" as markdown."""
-    def cell(name, stage, micro_batch):
-        peak = plan(stage, SIZES[name].shape, torch.bfloat16, batch=64, micro_batch=micro_batch,
-                    slots=64, prompt=256, response=512)["peak"]
-        return f"{peak / 1e9:.1f} ({next((gb for gb in GBS if peak <= gb * USED), 'none')})"
-
     rows = [[name, cell(name, "teacher", 1)] + [f"{cell(name, stage, 8)} / {cell(name, stage, 1)}"
                                                 for stage in LEARN]
             for name, size in SIZES.items() if size.as_student]
@@ -241,5 +244,13 @@ def table():
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * 5, *rows])
 
 
+def lora_table(rank=32):
+    """README's table of PPO with LoRA as markdown."""
+    names = [name for name, size in SIZES.items() if size.as_student]
+    cells = [" / ".join(cell(name, "rl", b, rank) for b in (8, 1)) for name in names]
+    rows = [["PPO, GB", *names], ["---"] * (len(names) + 1), ["8 sequences / 1", *cells]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 if __name__ == "__main__":
-    print(table())
+    print(table(), lora_table(), sep="\n\n")

@@ -5,6 +5,7 @@ and what needs no access. A user's token goes to the hub and to nobody else.
 """
 
 import errno
+import hashlib
 import json
 import queue
 import sys
@@ -12,12 +13,15 @@ import threading
 from fnmatch import fnmatch
 from pathlib import Path
 
+from nanodistill.files import digest
 from nanodistill.presets import SIZES, STUDENTS
 from nanodistill.tokenizer import FILES as TOKENIZER_FILES
-from nanodistill.weights import INDEX, SINGLE
+from nanodistill.tokenizer import read_json
+from nanodistill.weights import INDEX, SINGLE, complete, load, load_adapter, save
 
 
 WEIGHTS = "model*.safetensors"                                   # of the files on the hub
+ADAPTER_CONFIG = "adapter_config.json"
 TINY = Path(__file__).parent / "tiny"                            # folders "teacher" and "student"
 
 
@@ -25,7 +29,8 @@ def resolve(name, role, revision="", weights=True):
     """The folder that a `--student` or `--teacher` value means.
 
     Args:
-        name: "tiny", a preset, a folder with a config.json, or a hub name ("org/model").
+        name: "tiny", a preset, a folder with a config.json, a hub name ("org/model"), or a folder
+            with an adapter in PEFT's format, which is merged into its base.
         role: the flag without its dashes: "student", "teacher" or "models".
         revision: branch, tag or commit on the hub; "" = its main branch.
         weights: False fetches config.json and the tokenizer's files alone. That is a cheap check
@@ -43,6 +48,8 @@ def resolve(name, role, revision="", weights=True):
         return TINY / role
     if (Path(name) / "config.json").exists():
         return Path(name)
+    if (Path(name) / ADAPTER_CONFIG).exists():
+        return _merged(Path(name), role, weights)
     repository = _repository(name)
     if not repository:
         presets = STUDENTS if role == "student" else ("tiny", *SIZES)
@@ -73,10 +80,31 @@ def resolve(name, role, revision="", weights=True):
                  "without network too: --student tiny.")
 
 
+def _merged(folder, role, weights):
+    """The base of an adapter's folder with the adapter merged into it: a folder beside the hub's
+    cache, made once. Without `weights`: the base's."""
+    from huggingface_hub import constants
+    config = read_json(folder / ADAPTER_CONFIG)
+    base = str(config.get("base_model_name_or_path"))
+    base = resolve(base, role, config.get("revision") or "", weights)
+    if not weights:
+        return base
+    parts = [digest(path) for path in (folder, folder / ADAPTER_CONFIG, base)]
+    key = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+    merged = Path(constants.HF_HOME) / "nanodistill" / f"{folder.resolve().name}-{key}"
+    if not complete(merged):
+        print(f"--{role} {folder}: an adapter, merged into {base}: {merged}", flush=True)
+        save(load_adapter(folder, load(base).requires_grad_(False)), merged, base, base=base)
+    return merged
+
+
 def bytes_to_fetch(name, revision=""):
     """Bytes of the weights that `resolve(name, ...)` would download: 0 for what is in the cache, a
     folder or "tiny", and where the hub cannot be asked."""
     local = name == "tiny" or (Path(name) / "config.json").exists()
+    if not local and (Path(name) / ADAPTER_CONFIG).exists():
+        config = read_json(Path(name) / ADAPTER_CONFIG)
+        return bytes_to_fetch(str(config.get("base_model_name_or_path")), config.get("revision"))
     repository = "" if local else _repository(name)
     if not repository:
         return 0

@@ -54,6 +54,11 @@ def check(stage, configs):
     devices = {s: attempt(run.pick_device, configs[s].device) for s in stages}
     attempt(writable, Path(config.out))
     problems += run.stale(Path(config.out))
+    reward_model = Path(config.out, "rm")
+    if "rl" in stages and "rm" not in stages and config.lora and not (
+            reward_model / weights.ADAPTER).exists():
+        problems.append(f"{reward_model} was trained without --lora, and PPO with it needs its "
+                        "adapter: give --lora 0, or another --out")
     train = attempt(rows, configs.get("teacher", config), "train") if stages != ["eval"] else []
     test = attempt(rows, configs["eval"], "test") if "eval" in stages else []
     if train == [] and stages != ["eval"]:
@@ -110,7 +115,7 @@ def fits(stage, config, shape, device, longest):
                batch=batch, prompt=longest, response=config.max_new_tokens, jobs=256,
                device=device.type, slots=config.slots,
                micro_batch=getattr(config, "micro_batch", 0),
-               checkpoint=getattr(config, "checkpoint", None))
+               checkpoint=getattr(config, "checkpoint", None), rank=config.lora)
 
 
 def writable(folder):
@@ -122,12 +127,14 @@ def writable(folder):
 
 def disk(config, student, stages, download):
     """Problems of space: what is fetched goes to the hub's cache, what is trained to --out."""
-    count = fit.parameters(weights.load_config(student)) if student else 0
+    shape = weights.load_config(student) if student else None
+    count = fit.parameters(shape) if student else 0
+    trained = fit.parameters(shape, rank=config.lora) if student and config.lora else count
     # The fp32 folders stay. Beside them is the largest checkpoint, twice while one is written. It
     # has 4 bytes per parameter for the weights, 4 for the best ones and 8 for AdamW's moments; in
     # PPO the weights and moments of two models.
     kept = 4 * count * len({"sft", "rm", "rl"} & set(stages))
-    sizes = {"sft": 16 * count, "rm": 16 * count, "rl": 24 * count}
+    sizes = {"sft": 16 * trained, "rm": 16 * trained, "rl": 24 * trained}
     resume = max((sizes[s] for s in stages if s in sizes), default=0)
     problems, disks = [], {}
     for path, size, what in ((Path(constants.HF_HUB_CACHE), download, "models to be fetched"),

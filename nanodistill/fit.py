@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanodistill import generate, losses
+from nanodistill import generate, lora, losses
 from nanodistill.batches import KVCache, Packed
 from nanodistill.model import CausalLM, Config, ScalarModel
 from nanodistill.presets import SIZES
@@ -126,17 +126,20 @@ def on_meta(kind, shape, sequences, length):
 
 
 @functools.cache
-def pass_peaks(shape, head, dtype, sequences, length, seen, checkpoint, again, device):
+def pass_peaks(shape, head, dtype, sequences, length, seen, checkpoint, again, rank, device):
     """{phase: bytes} beyond the weights of a forward and backward pass, gradients counted.
 
     Args:
         head: "cross_entropy" or "logprobs" of the fused losses, or "scalar", of the last `seen`
             tokens of each sequence; or "scores", whose pass has no gradients.
         again: the pass adds to gradients that are there.
+        rank: of the adapters; 0: all weights are trained.
     """
     kind = ScalarModel if head in ("scalar", "scores") else CausalLM
     model, packed = on_meta(kind, shape, sequences, length)
-    model.to(dtype if head == "scores" else torch.float32)
+    model.to(dtype if head == "scores" or rank else torch.float32)
+    if rank:
+        lora.adapt(model, rank)
     model.model.dtype, model.model.checkpoint = dtype, checkpoint
     for layer in model.model.layers:           # backward leaves the mode, and may run them again
         layer.forward = On(device).around(layer.forward)
@@ -146,7 +149,7 @@ def pass_peaks(shape, head, dtype, sequences, length, seen, checkpoint, again, d
                 x.register_hook(lambda _: memory.start("embedding"))
         model.model.embed_tokens.register_forward_hook(embedded)
         for p in model.parameters():
-            p.grad = torch.zeros_like(p) if again else None
+            p.grad = torch.zeros_like(p) if again and p.requires_grad else None
         hidden = model.model(packed)
         if head != "scores":
             hidden.register_hook(lambda _: memory.start("layers"))
@@ -165,11 +168,13 @@ def pass_peaks(shape, head, dtype, sequences, length, seen, checkpoint, again, d
 
 
 @functools.cache
-def sampling_peaks(shape, dtype, slots, prompt, response, device):
+def sampling_peaks(shape, dtype, slots, prompt, response, rank, device):
     """{phase: bytes} beyond the weights of `generate`: KV cache, state, prefill, decode step."""
     prompts = min(slots, max(generate.PREFILL[device] // prompt, 1))
     model, packed = on_meta(CausalLM, shape, prompts, prompt)
     model = model.to(dtype).requires_grad_(False)
+    if rank:
+        lora.adapt(model, rank)
     with On(device), Peak(model) as memory, torch.inference_mode(), torch.device("meta"):
         rows, u = torch.zeros(slots, dtype=torch.long), torch.zeros(slots)
         state = generate.Slots.empty(slots, response, 0, "meta")
@@ -190,18 +195,20 @@ def sampling_peaks(shape, dtype, slots, prompt, response, device):
 # ---- the plan ----
 
 @functools.cache
-def count(kind, shape):
+def count(kind, shape, rank):
     with torch.device("meta"):
-        return sum(p.numel() for p in kind(Config(*shape)).parameters())
+        model = kind(Config(*shape))
+        parameters = lora.trained(lora.adapt(model, rank)).values() if rank else model.parameters()
+        return sum(p.numel() for p in parameters)
 
 
-def parameters(config, kind=CausalLM):
-    """A tied head counts once."""
-    return count(kind, key(config, config.num_hidden_layers))
+def parameters(config, kind=CausalLM, rank=0):
+    """How many a model has, a tied head once; with a `rank`, those that are trained of it."""
+    return count(kind, key(config, config.num_hidden_layers), rank)
 
 
 def plan(stage, shape, dtype, *, batch, micro_batch, slots, prompt, response, checkpoint=False,
-         device="cuda"):
+         rank=0, device="cuda"):
     """{part: bytes} of a stage, "peak" the most at one time. Trained weights are fp32.
 
     Args:
@@ -210,20 +217,26 @@ def plan(stage, shape, dtype, *, batch, micro_batch, slots, prompt, response, ch
         batch: sequences an optimizer step accumulates over; for "eval" micro_batch of them are
             scored at once.
         prompt, response: tokens of the longest of each.
+        rank: of LoRA's adapters, on one frozen trunk; 0: all weights are trained.
         device: "cuda", "mps" or "cpu".
     """
     length, size = prompt + response, BYTES[dtype]
     cuda, cpu, bf16 = device == "cuda", device == "cpu", dtype == torch.bfloat16
     causal, scalar = parameters(shape), parameters(shape, ScalarModel)
+    policy, value = parameters(shape, rank=rank), parameters(shape, ScalarModel, rank)
     # (parameters, head, tokens of a sequence, those that the head sees) of what is trained.
-    trained = {"sft": [(causal, "cross_entropy", length - 1, response)],
-               "rm": [(scalar, "scalar", length, response + 1)],
-               "rl": [(causal, "logprobs", length - 1, response),
-                      (scalar, "scalar", length - 1, response)]}.get(stage, [])
+    trained = {"sft": [(policy, "cross_entropy", length - 1, response)],
+               "rm": [(value, "scalar", length, response + 1)],
+               "rl": [(policy, "logprobs", length - 1, response),
+                      (value, "scalar", length - 1, response)]}.get(stage, [])
     frozen = {"teacher": [causal], "eval": [causal], "rl": [causal, scalar]}.get(stage, [])
-    learned = sum(n for n, *_ in trained)
-    angles = 4 * shape.max_position_embeddings * shape.head_dim * (len(trained) + len(frozen))
-    parts = {"weights": 4 * learned + size * sum(frozen) + angles,
+    learned, stored = sum(n for n, *_ in trained), size * sum(frozen)
+    if rank and stage in LEARN:
+        # One trunk; of the reward model, its adapters and its head beside it.
+        stored = size * (scalar if stage == "rm" else causal) + 4 * value * (stage == "rl")
+    tables = {"rl": 4}.get(stage, 1)
+    angles = 4 * shape.max_position_embeddings * shape.head_dim * tables
+    parts = {"weights": 4 * learned + stored + angles,
              "best weights": 4 * learned if cpu and stage in ("sft", "rm") else 0,
              "optimizer": 8 * learned, "gradients": 4 * learned, "activations": 0,
              "sampler's weights": 0, "KV cache": 0, "sampling": 0}
@@ -233,23 +246,25 @@ def plan(stage, shape, dtype, *, batch, micro_batch, slots, prompt, response, ch
         # made while the policy's are there. Held-out scoring makes none, and takes less.
         again = micro_batch < batch
         passes = [most(pass_peaks, shape, head, dtype, min(micro_batch, batch), tokens, seen,
-                       checkpoint, again, device) for _, head, tokens, seen in trained]
-        beside = [learned - n if again else i * causal for i, (n, *_) in enumerate(trained)]
+                       checkpoint, again, rank, device) for _, head, tokens, seen in trained]
+        beside = [learned - n if again else i * policy for i, (n, *_) in enumerate(trained)]
         parts["activations"] = 2 * CUBLAS * cuda - parts["gradients"] + max(
             own + 4 * n for own, n in zip(passes, beside))
     elif stage == "eval":
         parts["activations"] = CUBLAS * cuda + most(
-            pass_peaks, shape, "scores", dtype, micro_batch, length, 1, False, False, device)
+            pass_peaks, shape, "scores", dtype, micro_batch, length, 1, False, False, 0,
+            device)
     if stage != "sft":
         # rm samples the SFT student before its own weights are there. In bf16 on CPU `generate`
         # packs the matrices anew, of which an untied embedding is none.
         embedding = shape.vocab_size * shape.hidden_size * (not shape.tie_word_embeddings)
-        parts["sampler's weights"] = size * (causal * (stage == "rm" or stage == "rl" and bf16)
+        parts["sampler's weights"] = size * (causal * (stage == "rm" or stage == "rl" and bf16
+                                                       and not rank)
                                              + (causal - embedding) * (cpu and bf16))
         cache = KVCache(shape, slots, length, "meta", dtype)
         parts["KV cache"] = cache.k.nbytes + cache.v.nbytes
         parts["sampling"] = CUBLAS * cuda - parts["KV cache"] + most(
-            sampling_peaks, shape, dtype, slots, prompt, response, device)
+            sampling_peaks, shape, dtype, slots, prompt, response, rank * (stage == "rl"), device)
     sampler = parts["sampler's weights"] + parts["KV cache"] + parts["sampling"]
     parts["peak"] = max(held + parts["gradients"] + parts["activations"],
                         sampler + held * (stage != "rm"))
@@ -312,7 +327,7 @@ def flags(stage, micro_batch, checkpoint, slots):
 
 
 def choose(stage, shape, dtype, free, *, batch=0, prompt, response, jobs=0, device="cuda", slots=0,
-           micro_batch=0, checkpoint=None):
+           micro_batch=0, checkpoint=None, rank=0):
     """The fastest settings whose plan takes at most `free` bytes; those given stay.
 
     Args:
@@ -332,7 +347,7 @@ def choose(stage, shape, dtype, free, *, batch=0, prompt, response, jobs=0, devi
 
     def peak(b, again, s, shape=shape, response=response):
         return plan(stage, shape, dtype, batch=batch, micro_batch=b, slots=s, prompt=prompt,
-                    response=response, checkpoint=again, device=device)["peak"]
+                    response=response, checkpoint=again, rank=rank, device=device)["peak"]
 
     def seconds(b, again):
         """Of a sequence, in units of its arithmetic's."""

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanodistill import cpu
+from nanodistill import cpu, lora
 from nanodistill.batches import KVCache, NewTokens, pack
 from nanodistill.model import CausalLM
 from nanodistill.sampling import choose, stream_of, uniform
@@ -97,10 +97,11 @@ def compiled_step(device):
 
 
 def copy_of(model, dtype):
-    """Another CausalLM on the same weights, or on copies of those that are not in `dtype`."""
+    """Another CausalLM on the same weights, or on copies of those that are not in `dtype`; adapters
+    are merged."""
     with torch.device("meta"):
         copy = CausalLM(model.config)
-    weights = {name: w.detach().to(dtype) for name, w in model.named_parameters()}
+    weights = {name: w.to(dtype) for name, w in lora.merged(model)}
     copy.load_state_dict(weights, strict=False, assign=True)
     if model.config.tie_word_embeddings:
         copy.lm_head.weight = copy.model.embed_tokens.weight

@@ -90,7 +90,17 @@ SETTINGS = {
 }
 
 
-def settings(student):
+# With LoRA: ten times the rates, as "LoRA Without Regret" (Thinking Machines, 2025) finds; its rank
+# where none is given, which is ours; and AdamW, for Muon's updates are made for whole matrices.
+RANK, RATE = 32, 10
+
+
+def settings(student, lora=0):
     """{"max_new_tokens" or "stage.field": value} of the column that `--student` means."""
     column = COLUMNS.index(student if student in COLUMNS else "other")
-    return {name: row[column] for name, row in SETTINGS.items()}
+    values = {name: row[column] for name, row in SETTINGS.items()}
+    if lora:
+        values |= {name: float(f"{RATE * rate:.3g}") for name, rate in values.items()
+                   if name.endswith("_rate")}
+        values["rm.optimizer"] = "adamw"
+    return values

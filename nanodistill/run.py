@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nanodistill import files, fit, process, settings
+from nanodistill import files, fit, lora, process, settings
 
 
 def pick_device(name):
@@ -85,7 +85,7 @@ def fitted(stage, config, model, dtype, device, prompt, response, batch=0, jobs=
             stage, model, dtype, fit.free_bytes(device), batch=batch, prompt=prompt,
             response=response, jobs=jobs, device=device.type, slots=config.slots,
             micro_batch=getattr(config, "micro_batch", 0),
-            checkpoint=getattr(config, "checkpoint", None))
+            checkpoint=getattr(config, "checkpoint", None), rank=config.lora)
     except ValueError as error:
         sys.exit(str(error))
     print(f"{stage}: {choice.line}")
@@ -254,10 +254,11 @@ def save_checkpoint(path, config, parts=None, **state):
     """State for an exact resume. The file is complete or absent.
 
     Args:
-        parts: {name: model or optimizer}, whose state dicts are saved.
+        parts: {name: model or optimizer}: what is trained of a model, an optimizer's state.
         state: numbers and tensors; the config and the random streams are saved beside them.
     """
-    state |= {name: part.state_dict() for name, part in (parts or {}).items()}
+    state |= {name: lora.trained(part) if isinstance(part, torch.nn.Module) else part.state_dict()
+              for name, part in (parts or {}).items()}
     streams = {"torch": torch.get_rng_state(), "python": json.dumps(random.getstate()),
                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
     whole = {**state, "config": dataclasses.asdict(config), "streams": streams}
@@ -284,6 +285,10 @@ def load_checkpoint(path, config, parts=None):
                 raise ValueError
         state = torch.load(path, map_location="cpu", weights_only=True)
         before, saved = state["config"], {name: state[name] for name in parts or {}}
+        for name, value in saved.items():
+            if isinstance(parts[name], torch.nn.Module):
+                if value.keys() != lora.trained(parts[name]).keys():
+                    raise ValueError
     except (ValueError, KeyError, RuntimeError, EOFError, zipfile.BadZipFile,
             pickle.UnpicklingError):
         sys.exit(f"{path} is damaged, or no checkpoint of this program. Delete it, and the stage "
@@ -295,7 +300,10 @@ def load_checkpoint(path, config, parts=None):
         raise SystemExit(f"{path} was made with other settings ({'; '.join(changed)}). Give the "
                          "same ones, another --out, or delete it.")
     for name, value in saved.items():
-        parts[name].load_state_dict(value)
+        if isinstance(parts[name], torch.nn.Module):
+            parts[name].load_state_dict(value, strict=False)
+        else:
+            parts[name].load_state_dict(value)
     torch.set_rng_state(state["streams"]["torch"])
     version, internal, gauss = json.loads(state["streams"]["python"])
     random.setstate((version, tuple(internal), gauss))

@@ -70,6 +70,10 @@ class Common:
                      "2026-01-31; not given: the day the run began", run_wide=True)
     seed: int = flag(1, "samples, order of the batches, and the embedded task's questions",
                      least=0, most=2**62, run_wide=True)
+    lora: int = flag(None, "LoRA: the rank of small adapters, trained on the frozen weights "
+                     "in every stage; 0 = all weights are trained; not given: 0 where PPO of the "
+                     "student's size fits the memory so, else 32", least=0, most=4096,
+                     run_wide=True)
     out: str = flag(None, "run folder; not given: out/<task>-<student>", result=False,
                     run_wide=True)
     dry_run: bool = flag(False, "say what would run and what it takes of memory and time, and "
@@ -203,6 +207,7 @@ def dial(given):
         derived["teacher"] = size.teacher, f"{student}'s own: {repository}"
     else:
         derived["teacher"] = "", f"{student}'s own"
+    derived["lora"] = rank_that_fits(size, given) if size and "lora" not in given else (0, "")
     derived = {name: value for name, value in derived.items() if name not in given}
     task = given.get("task") or derived["task"][0]
     # The folder's name tells this run from others: task or data, student, teacher, seed.
@@ -219,6 +224,30 @@ def dial(given):
     derived["out"] = f"out/{'-'.join(parts)}", "after what the run is"
     derived["date"] = datetime.date.today().isoformat(), "today, and in this run from now on"
     return derived
+
+
+def rank_that_fits(size, given):
+    """--lora where it is not given -> (rank, reason): 0 where PPO of all weights fits the memory
+    that is free, with prompts and responses of 256 and 512 tokens."""
+    import torch
+
+    from nanodistill import fit
+    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+              "cpu": True}
+    device = given.get("device", "auto")
+    if device == "auto":
+        device = next(kind for kind in usable if usable[kind])
+    if not usable[device]:                                       # which the stage says at once
+        return 0, ""
+    fp32 = given.get("dtype", "auto") == "fp32" or "dtype" not in given and device == "cpu"
+    dtype, free = torch.float32 if fp32 else torch.bfloat16, fit.free_bytes(device)
+    what = f"PPO of all weights in {free / 1e9:.1f} GB"
+    try:
+        fit.choose("rl", size.shape, dtype, free, batch=64, prompt=256, response=512, jobs=256,
+                   device=device)
+    except ValueError:
+        return presets.RANK, f"{what} does not fit"
+    return 0, f"{what} fits"
 
 
 def idle(given, values):
@@ -301,6 +330,7 @@ def conflicts(folder, stage, configs, saved):
                       f"{saved[s][f.name]!r}, not {getattr(config, f.name)!r}"
                       for f in dataclasses.fields(config)
                       if f.metadata["result"] and f.name in saved[s]
+                      and not (s == "teacher" and f.name == "lora")
                       and (f.metadata["run_wide"] or s in configs and (not own or f.name in own))
                       and saved[s][f.name] != getattr(config, f.name)]
             if differ:
@@ -349,7 +379,8 @@ def parse(stage, stages, doc, argv=None):
     run_wide = {f.name for f in dataclasses.fields(Common) if f.metadata["run_wide"]}
     known = {**{k: v for k, v in named.items() if k in run_wide}, **own}
     derived = {**dial(known), "out": (folder, "after what the run is")}
-    column = presets.settings(known.get("student", "tiny"))
+    lora = known.get("lora", derived.get("lora", (0,))[0])
+    column = presets.settings(known.get("student", "tiny"), lora)
 
     configs, reasons = {}, {}
     for s, config in stages.items():

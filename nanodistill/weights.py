@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from nanodistill import lora
 from nanodistill.files import write_together
 from nanodistill.model import CausalLM, Config, ScalarModel
 from nanodistill.tokenizer import Tokenizer, read_json
@@ -148,9 +149,9 @@ def complete(folder):
 
 
 def on_host(model):
-    """{name: a copy on the CPU} of a model's parameters, a tied head once: for
+    """{name: a copy on the CPU} of what is trained of a model, a tied head once: for
     `load_state_dict(..., strict=False)`."""
-    return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
+    return {name: p.detach().to("cpu", copy=True) for name, p in lora.trained(model).items()}
 
 
 def load(folder, kind=CausalLM, device="cpu", dtype=torch.float32):
@@ -213,18 +214,29 @@ def load(folder, kind=CausalLM, device="cpu", dtype=torch.float32):
     return model.requires_grad_(True).eval()
 
 
-def save(model, folder, tokenizer_from, dtype=None, shard_bytes=5 * 10**9):
-    """Write `model` as an HF folder, with the tokenizer files of the folder `tokenizer_from`. They
-    name the stop tokens and the padding of our Tokenizer, so that other programs use the same.
+def load_to_train(folder, kind, device, dtype, rank=0):
+    """The model of a folder for training, with arithmetic in `dtype`: fp32 weights; or, with a
+    `rank`, frozen ones in `dtype` and new adapters in fp32."""
+    model = load(folder, kind, device, dtype if rank else torch.float32)
+    model.model.dtype = dtype
+    return lora.adapt(model, rank) if rank else model
+
+
+def save(model, folder, tokenizer_from, dtype=None, shard_bytes=5 * 10**9, base=""):
+    """Write `model`, its adapters merged, as an HF folder, with the tokenizer files of the folder
+    `tokenizer_from`. They name the stop tokens and the padding of our Tokenizer, so that other
+    programs use the same.
 
     `dtype` torch.bfloat16 stores the weights in bf16. Above `shard_bytes` they go into several
     files with an index. If writing fails, the weights that were there stay. If it is cut off while
-    the new files are renamed, the folder is not `complete`.
+    the new files are renamed, the folder is not `complete`. Adapters are written first, beside the
+    weights that they are merged into; `base` names their trunk.
     """
     folder, source, config = Path(folder), Path(tokenizer_from), model.config
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: p.detach().to("cpu", dtype or p.dtype).contiguous()
-               for name, p in model.named_parameters()}
+    if any(isinstance(module, lora.LoRALinear) for module in model.modules()):
+        save_adapter(model, folder / ADAPTER, base)
+    tensors = {name: p.to("cpu", dtype or p.dtype).contiguous() for name, p in lora.merged(model)}
 
     tokenizer = Tokenizer(source)
     files, pad = tokenizer.files(), tokenizer.pad_id
@@ -259,3 +271,86 @@ def save(model, folder, tokenizer_from, dtype=None, shard_bytes=5 * 10**9):
     shards = sorted(folder.glob("model-?????-of-?????.safetensors*"))
     shards = [path for path in shards if path.name.removesuffix(".partial") not in files]
     write_together(folder, files, [folder / SINGLE, folder / INDEX, *shards])
+
+
+# ---- adapters, in PEFT's format ----
+
+# In a folder of its own: programs that find an adapter beside weights apply it to them once more.
+ADAPTER = "adapter"
+PREFIX = "base_model.model."               # what PEFT puts before a parameter's name
+
+
+def save_adapter(model, folder, base):
+    """Write what is trained of a model with adapters, as PEFT writes it.
+
+    base: name or path of the trunk's weights.
+    """
+    layers = {name.rpartition(".")[2]: module for name, module in model.named_modules()
+              if isinstance(module, lora.LoRALinear)}
+    rank, scale = next((m.lora_A.out_features, m.scale) for m in layers.values())
+    causal = isinstance(model, CausalLM)
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM" if causal else "SEQ_CLS",
+              "base_model_name_or_path": str(base), "r": rank, "lora_alpha": scale * rank,
+              "target_modules": sorted(layers), "lora_dropout": 0.0, "bias": "none",
+              "modules_to_save": None if causal else ["score"], "inference_mode": True}
+    tensors = {PREFIX + name: p.detach().to("cpu", copy=True)
+               for name, p in lora.trained(model).items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_together(folder, {
+        "adapter_config.json": json.dumps(config, indent=2) + "\n",
+        "adapter_model.safetensors": functools.partial(save_file, tensors,
+                                                       metadata={"format": "pt"})})
+
+
+def load_adapter(folder, trunk, kind=CausalLM):
+    """A model of `kind` on the frozen weights of the CausalLM `trunk`, with the adapters, and the
+    head, of a folder that `save_adapter` or PEFT wrote.
+
+    Raises ValueError where they do not fit, FileNotFoundError where there are none.
+    """
+    folder = Path(folder)
+    if not (folder / "adapter_config.json").exists():
+        raise FileNotFoundError(f"{folder} holds no adapter")
+    config = read_json(folder / "adapter_config.json")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    wrong = [f"{key} = {config[key]!r}" for key in ("use_rslora", "use_dora", "rank_pattern",
+                                                    "alpha_pattern", "fan_in_fan_out")
+             if config.get(key)]
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
+        wrong.append("it is not LoRA without biases")
+    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
+        wrong.append(f"r = {rank!r}, lora_alpha = {alpha!r}")
+    if wrong:
+        raise ValueError(f"{folder / 'adapter_config.json'}: {', '.join(wrong)}: not known here")
+    model = lora.adapt(stand_on(trunk, kind), rank, alpha)
+    wanted, loaded = lora.trained(model), {}
+    try:
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            for name in file.keys():
+                loaded[name.removeprefix(PREFIX)] = file.get_tensor(name).float()
+    except SafetensorError as error:
+        raise ValueError(f"{folder}: its weights are damaged: {error}") from None
+    problems = [f"{name} is left over" for name in sorted(loaded.keys() - wanted.keys())]
+    # Layers that have no adapter keep their B of zero: they are the trunk's.
+    problems += [f"{name} has shape {tuple(p.shape)}, not {tuple(wanted[name].shape)}"
+                 for name, p in loaded.items() if name in wanted and p.shape != wanted[name].shape]
+    problems += [f"{name} holds NaN or infinite numbers" for name, p in loaded.items()
+                 if not p.isfinite().all()]
+    if kind is ScalarModel and "score.weight" not in loaded:
+        problems.append("score.weight is missing")
+    if problems:
+        raise ValueError(f"{folder} does not fit its trunk: {'; '.join(problems)}")
+    model.load_state_dict(loaded, strict=False)
+    return model
+
+
+def stand_on(trunk, kind):
+    """A model of `kind` of the same tensors as the CausalLM `trunk`; a scalar head is zero."""
+    if kind is CausalLM:
+        return lora.share(trunk)
+    with torch.device("meta"):
+        model = ScalarModel(trunk.config)
+    model.model = lora.share(trunk.model)
+    model.score.weight = torch.nn.Parameter(
+        torch.zeros(1, trunk.config.hidden_size, device=trunk.head.device))
+    return model

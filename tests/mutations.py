@@ -27,11 +27,12 @@ LIMIT = 900                                              # seconds of the tests 
 Mutation = namedtuple("Mutation", "name file old new tests reason", defaults=("",))
 
 SFT, RM, RL, EVAL = "train_sft.py", "train_rm.py", "train_rl.py", "eval.py"
-BATCHES, CPU, FILES, FIT, GENERATE, LOSSES, MODEL, PPO, PRESETS, PROCESS, RESPONSES, REWARD, RUN, \
-    SAMPLING, SETTINGS, STATS, TOKENIZER, VOTE, WEIGHTS = (f"nanodistill/{name}.py" for name in (
-        "batches", "cpu", "files", "fit", "generate", "losses", "model", "ppo", "presets",
-        "process", "responses", "reward", "run", "sampling", "settings", "stats", "tokenizer",
-        "vote", "weights"))
+BATCHES, CPU, FILES, FIT, GENERATE, LORA, LOSSES, MODEL, PPO, PRESETS, PROCESS, RESPONSES, \
+    REWARD, RUN, SAMPLING, SETTINGS, STATS, TOKENIZER, VOTE, WEIGHTS = (
+        f"nanodistill/{name}.py" for name in (
+            "batches", "cpu", "files", "fit", "generate", "lora", "losses", "model", "ppo",
+            "presets", "process", "responses", "reward", "run", "sampling", "settings", "stats",
+            "tokenizer", "vote", "weights"))
 GRADING = "data/grading.py"
 
 TABLE = [Mutation(*entry) for entry in [
@@ -180,6 +181,16 @@ TABLE = [Mutation(*entry) for entry in [
     ("sample-without-its-eos", GENERATE, "Sample(tokens[k][:n],",
      "Sample(tokens[k][:n - stopped[k]],", "generate"),
     ("cut-off-counts-as-ended", GENERATE, "[:n], stopped[k])", "[:n], True)", "generate"),
+    # LoRA.
+    ("lora-unscaled", LORA, "self.scale = alpha / rank", "self.scale = alpha", "lora"),
+    ("lora-trunk-learns", LORA, "    model.requires_grad_(False)\n", "    pass\n", "lora"),
+    ("lora-begins-with-a-jump", LORA, "nn.init.zeros_(self.lora_B.weight)", "pass", "lora"),
+    ("lora-trunk-held-twice", LORA,
+     "copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})", "copy.deepcopy(module)",
+     "lora"),
+    ("lora-checkpoint-of-all", RUN, "lora.trained(part) if isinstance",
+     "dict(part.named_parameters()) if isinstance", "lora"),
+    ("lora-plan-of-four-trunks", FIT, "if rank and stage in LEARN:", "if False:", "fit"),
     # Tokenizer, weights.
     ("special-text-becomes-special", TOKENIZER, "encode_special_tokens = True",
      "encode_special_tokens = False", "tokenizer"),

@@ -13,6 +13,8 @@ USES = {
     "model": "m = model.init_weights(model.CausalLM(model.Config(16, 8, 16, 1, 2, 1, 4))); "
              "assert m(torch.zeros(1, 3, dtype=torch.long)).shape == (1, 3, 16)",
     "files": "files.write_atomic('a', 'text'); assert open('a').read() == 'text'",
+    "lora": "import torch.nn as nn; layer = lora.LoRALinear(nn.Linear(3, 2), 1, 2); "
+            "assert layer(torch.ones(4, 3)).shape == (4, 2)",
     "losses": "assert losses.linear_logprobs(torch.randn(3, 4), torch.randn(5, 4), "
               "torch.tensor([0, 1, 4]))[0].shape == (3,)",
     "optim": "assert optim.schedule(9, 10, 0.1, 0.0) == 1 - 0.9",

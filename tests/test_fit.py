@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train_rl
-from data.dry_run import report, shape, table
+from data.dry_run import lora_table, report, shape, table
 from nanodistill import fit, presets, settings
 from nanodistill.model import ScalarModel
 
@@ -40,6 +40,17 @@ def test_the_plan_is_within_5_percent_of_what_an_emulated_card_takes(
     assert plan(name, stage, micro_batch, checkpoint)["peak"] == pytest.approx(taken, rel=0.05)
 
 
+# The same with LoRA of rank 32: one trunk, three adapters, two of them trained.
+@pytest.mark.parametrize("name, micro_batch, checkpoint, taken", [
+    ("135m", 8, False, 5.60e9), ("1b", 1, False, 6.74e9), ("1b", 8, False, 14.75e9),
+    ("3b", 1, False, 17.07e9), ("3b", 8, False, 32.35e9), ("8b", 1, False, 29.68e9),
+    ("8b", 8, True, 29.67e9)])
+def test_so_is_the_plan_of_ppo_with_lora(name, micro_batch, checkpoint, taken):
+    peak = fit.plan("rl", SHAPES[name], BF16, batch=64, micro_batch=micro_batch, slots=64,
+                    prompt=256, response=512, checkpoint=checkpoint, rank=32)["peak"]
+    assert peak == pytest.approx(taken, rel=0.05)
+
+
 @pytest.mark.parametrize("slots, taken", [(64, 5.97e9), (256, 10.80e9)])
 def test_so_is_the_plan_of_sampling(slots, taken):
     assert plan("1b", "teacher", 1, slots=slots)["peak"] == pytest.approx(taken, rel=0.05)
@@ -65,7 +76,7 @@ def test_two_layers_more_take_what_the_first_ones_took():
     """Models of two and three layers stand for all: a whole one of five measures the same."""
     from dataclasses import replace
     shape = replace(SHAPES["135m"], num_hidden_layers=5)
-    args = "logprobs", BF16, 2, 96, 32, False, True, "cuda"
+    args = "logprobs", BF16, 2, 96, 32, False, True, 0, "cuda"
     whole = max(fit.pass_peaks(fit.key(shape, 5), *args).values())
     assert fit.most(fit.pass_peaks, shape, *args) == pytest.approx(whole, rel=1e-3)
 
@@ -153,12 +164,12 @@ def test_a_teacher_behind_a_server_takes_no_memory_of_this_machine():
 
 def test_the_readmes_table_of_cards_is_the_planners():
     readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
-    assert table() in readme
+    assert table() in readme and lora_table() in readme
 
 
 def test_attention_keeps_no_square_of_the_length_on_cuda():
     """Else activations would grow faster than the length."""
     short, longer, longest = (fit.most(
-        fit.pass_peaks, SHAPES["135m"], "logprobs", BF16, 2, length, 32, False, True, "cuda")
+        fit.pass_peaks, SHAPES["135m"], "logprobs", BF16, 2, length, 32, False, True, 0, "cuda")
         for length in (256, 512, 768))
     assert longest - longer == pytest.approx(longer - short, rel=0.02)

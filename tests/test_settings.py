@@ -2,6 +2,7 @@
 is said."""
 
 import json
+import re
 
 import pytest
 
@@ -9,7 +10,13 @@ import eval as evaluation
 import train_rl
 import train_sft
 from data import teacher
-from nanodistill import presets, settings
+from nanodistill import fit, presets, settings
+
+
+@pytest.fixture(autouse=True)
+def large_machine(monkeypatch):
+    """Where every student's PPO fits, so that --lora is 0 unless it is given."""
+    monkeypatch.setattr(fit, "free_bytes", lambda device: 10**15)
 
 
 def parse(*argv, script=train_rl, stage="rl", out=None):
@@ -219,3 +226,20 @@ def test_help_gives_each_flag_its_meaning_and_default(capsys):
     assert "discount per token (default: 1.0)" in text
     assert "PPO steps; one step samples a batch and learns from it (by size: tiny 60, 135m" in text
     assert "--teacher.temperatures" in text and "--rm.samples" in text
+
+
+def test_lora_is_chosen_where_ppo_of_all_weights_does_not_fit(monkeypatch, capsys):
+    """By the README's table: PPO of 1b takes 60 GB with bf16 arithmetic, more in fp32."""
+    whole, given = parse("--student", "1b"), parse("--student", "1b", "--lora", "8")
+    assert {c.lora for c in whole.values()} == {0} and {c.lora for c in given.values()} == {8}
+    monkeypatch.setattr(fit, "free_bytes", lambda device: 24 * 10**9)
+    capsys.readouterr()
+    small = parse("--student", "1b")
+    assert {c.lora for c in small.values()} == {32}
+    assert re.search(r"--lora +32 +PPO of all weights in 24.0 GB does not fit",
+                     capsys.readouterr().out)
+    assert small["rl"].learning_rate == pytest.approx(10 * whole["rl"].learning_rate)
+    assert small["sft"].learning_rate == pytest.approx(10 * whole["sft"].learning_rate)
+    assert parse("--student", "1b", "--learning-rate", "1e-6")["rl"].learning_rate == 1e-6
+    assert {c.lora for c in parse("--student", "135m").values()} == {0}      # 10 GB
+    assert {c.lora for c in parse().values()} == {0}

@@ -24,7 +24,8 @@ from nanodistill.tokenizer import Tokenizer
 
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMON = ["--questions", "80", "--threads", "1", "--seed", "7"]
+# A date, for a test that goes on past midnight is of another day.
+COMMON = ["--questions", "80", "--threads", "1", "--seed", "7", "--date", "2026-01-31"]
 SFT = ["--epochs", "1", "--batch-size", "16"]
 RM = ["--epochs", "0.5", "--samples", "4", "--batch-size", "16"]
 RL = ["--steps", "3", "--prompts", "32"]
@@ -165,6 +166,38 @@ def test_stopped_and_resumed_equals_unbroken(
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
     printed = capsys.readouterr().out
     assert "is complete" in printed and (stage != "rl" or "the table" in printed)
+
+
+def test_lora_goes_through_every_stage_and_resumes_exactly(sampled, tmp_path, monkeypatch, capsys):
+    """Its PPO starts from the policy that sampled, and a checkpoint holds what is trained alone."""
+    monkeypatch.setattr(process, "need", lambda *_: None)
+    whole, broken = (copy(sampled, tmp_path / name, "teacher.jsonl", "labels.jsonl")
+                     for name in ("whole", "broken"))
+    for stage, script, flags in (("sft", train_sft, SFT), ("rm", train_rm, RM),
+                                 ("rl", train_rl, RL)):
+        asked = [*COMMON, *flags, "--lora", "4"]
+        monkeypatch.setattr(process, "interruptible", StopAfter(10**9))
+        script.main(asked + whole)
+        assert "LoRA of rank 4, alpha 32: 0.03 of" in capsys.readouterr().out
+        if stage == "rm":
+            # Else the stop would come while it samples.
+            shutil.copy(tmp_path / "whole" / "student.jsonl", tmp_path / "broken")
+        monkeypatch.setattr(process, "interruptible", StopAfter(2))
+        with pytest.raises(SystemExit, match="stopped after saving"):
+            script.main(asked + broken)
+        folder = tmp_path / "broken" / stage
+        saved = torch.load(folder / "resume.pt", weights_only=True)["model" if stage != "rl" else
+                                                                    "policy"]
+        assert all("lora_" in name or name == "score.weight" for name in saved)
+        monkeypatch.setattr(process, "interruptible", StopAfter(10**9))
+        script.main(asked + broken)
+        assert same_weights(tmp_path / "whole" / stage, folder)
+        adapters = [(tmp_path / name / stage / "adapter" / "adapter_model.safetensors").read_bytes()
+                    for name in ("whole", "broken")]
+        assert adapters[0] == adapters[1]
+    rows = [row for row in run.read_metrics(tmp_path / "whole", "rl").values() if "score" in row]
+    assert [row["first_ratio"] for row in rows] == pytest.approx([1] * 3, abs=1e-5)
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-4) and rows[2]["ratio"] != 1
 
 
 def test_teacher_resumes_without_asking_twice(sampled, tmp_path):

@@ -52,7 +52,7 @@ def client(key):
     key = key.strip()
     if not (key.isascii() and key.isprintable()):
         raise Stop("OPENAI_API_KEY holds characters that are in no key")
-    sent = key if key.startswith("Basic ") else f"Bearer {key}"
+    sent = key if key[:6].lower() == "basic " else f"Bearer {key}"
     return httpx2.AsyncClient(
         headers={"Content-Type": "application/json"} | ({"Authorization": sent} if key else {}),
         # `exchange` bounds everything, but a machine that is off should be noticed sooner.

@@ -127,7 +127,7 @@ class Sampling:
                 if isinstance(refused, Forbidden) and not self.answered:
                     raise
                 if n == 1:
-                    self.give_up(job, refused.args[0])
+                    self.give_up(job, refused.args[0], not isinstance(refused, Forbidden))
                 alone = True                       # is it the question, or n?
             except Fault as fault:
                 job.fault, failures = fault, failures + 1
@@ -155,7 +155,7 @@ class Sampling:
         while self.held:
             self.keep(*self.held.pop(0), 0)
 
-    def give_up(self, job, why):
+    def give_up(self, job, why, certain=True):
         """The job's next sample fails. Raises Stop where the server seems to be at fault."""
         self.last = time.monotonic()
         self.refused.add(job.id_)
@@ -163,8 +163,9 @@ class Sampling:
         self.held.append((job.id_, job.indices.pop(0), failed))
         if len(self.refused) >= (IN_A_ROW if self.answered else MANY):
             self.blame()
-        # That an earlier start was answered does not say that key and model are still good.
-        if self.given:
+        # That an earlier start was answered does not say that key and model are still good; and
+        # whether a 403 was the question's or is the key's, the server's next answer shows.
+        if self.given and certain:
             self.settle()
 
     def blame(self):
@@ -290,8 +291,9 @@ def generate(url, model, key, prompts, temperatures, max_new_tokens, journal, co
             for worker in done:
                 worker.result()                                  # raises what it raised
             yield None
-        if sampling.held and not sampling.answered:              # there was nothing but refusals
-            sampling.blame()
+        doubtful = {id_ for id_, _, row in sampling.held if row["failed"].startswith("403")}
+        if sampling.held and not sampling.answered or len(doubtful) >= MANY:
+            sampling.blame()                                     # there was nothing but refusals
         sampling.settle()
         while arrived:
             yield arrived.popleft()

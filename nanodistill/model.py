@@ -219,9 +219,10 @@ class Trunk(nn.Module):
         super().__init__()
         self.config, self.dtype, self.checkpoint = config, None, False
         table = torch.empty(config.vocab_size, config.hidden_size)     # (V, D)
-        # Drawing on the meta device imports torch._dynamo, which takes 2 s.
+        # From a stream of its own, so that `init_weights` draws what it always drew. On the meta
+        # device it would import torch._dynamo, which takes 2 s.
         if not table.is_meta:
-            table.normal_(0.0, STD)
+            table.normal_(0.0, STD, generator=torch.Generator(table.device).manual_seed(0))
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -131,9 +131,9 @@ def draw(report, folder):
     Returns the names of what was written.
     """
     page, written = markdown(report), ["report.md"]
+    sft, rl = (run.read_metrics(folder, stage) for stage in ("sft", "rl"))
     print("\n" + page)
     files.write_atomic(folder / "report.md", page)
-    sft, rl = (run.read_metrics(folder, stage) for stage in ("sft", "rl"))
     try:
         plot(report, sft, rl, folder / "curves.png")
         written.append("curves.png")
@@ -149,8 +149,8 @@ def main():
     folder = parser.parse_args().folder
     try:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        markdown(report)                                 # it fails here, or is whole
-    except (FileNotFoundError, NotADirectoryError):
+        markdown(report).encode()                        # it fails here, or is whole
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         sys.exit(f"{folder / 'report.json'} is missing: `python eval.py --out {folder}` makes it")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         sys.exit(f"{folder / 'report.json'} is no report of eval.py ({type(error).__name__}: "

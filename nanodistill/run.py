@@ -163,11 +163,13 @@ class Metrics:
 def read_metrics(folder, stage):
     """{step: values} of a stage's last start; where a resumed run did a step again, the later
     values count."""
-    steps = {}
-    for row in files.read_jsonl(Path(folder) / "metrics.jsonl", "stage"):
+    path, steps = Path(folder) / "metrics.jsonl", {}
+    for row in files.read_jsonl(path, "stage"):
         if row["stage"] == stage and "started" in row:
             steps = {}
         elif row["stage"] == stage:
+            if type(row.get("step")) is not int:
+                sys.exit(f"{path}: a line of {stage} has no whole number as its step. Delete it.")
             steps.setdefault(row["step"], {}).update(row)
     return dict(sorted(steps.items()))
 

@@ -274,7 +274,7 @@ def idle(given, values):
          "arithmetic makes its questions. Own questions need no --task"),
         ("teacher" in given and url, "--teacher and --teacher-url: it can't be both"),
         (url and not url.startswith(("http://", "https://")),
-         f"--teacher-url {url}: an address begins with http:// or https://"),
+         f"--teacher-url {bare(url)}: an address begins with http:// or https://"),
         # The message does not repeat the address: it may go to a log.
         (url and re.match(r"\w+://[^/?#]*@", url), "--teacher-url: a user or password in the "
          "address would be written to settings.json. Leave it out, and put the key into "
@@ -316,6 +316,11 @@ def made(folder, stage):
     return [p for p in (Path(folder) / name for name in MADE.get(stage, ())) if begun(p)]
 
 
+def bare(value):
+    """The value; an address without the user and password that it may have."""
+    return re.sub(r"//[^/?#]*@", "//", value) if isinstance(value, str) else value
+
+
 def conflicts(folder, stage, configs, saved):
     """What lies in the run folder and was made with other settings than are asked for."""
     found = {}                                                   # {what differs: paths}
@@ -327,12 +332,12 @@ def conflicts(folder, stage, configs, saved):
                 continue
             own = MADE[s][path.name]
             differ = [f"{option(stage if f.metadata['run_wide'] else s, stage, f.name)} was "
-                      f"{saved[s][f.name]!r}, not {getattr(config, f.name)!r}"
+                      f"{bare(saved[s][f.name])!r}, not {bare(getattr(config, f.name))!r}"
                       for f in dataclasses.fields(config)
                       if f.metadata["result"] and f.name in saved[s]
                       and not (s == "teacher" and f.name == "lora")
                       and (f.metadata["run_wide"] or s in configs and (not own or f.name in own))
-                      and saved[s][f.name] != getattr(config, f.name)]
+                      and bare(saved[s][f.name]) != bare(getattr(config, f.name))]
             if differ:
                 found.setdefault("; ".join(differ), []).append(str(path))
     return [f"made with other settings: {', '.join(paths)}: {differ}. Give those, another --out, "

@@ -540,6 +540,18 @@ def test_a_403_after_an_earlier_start_was_answered(serve, tmp_path):
     assert files.read_jsonl(tmp_path / "other" / "part.jsonl") == []
 
 
+def test_a_key_that_is_withdrawn_midway_loses_nothing(serve, tmp_path):
+    """Five answers, then 403 for all others: fewer than are given up in a row."""
+    names = [f"q{i}" for i in range(20)]
+    server = serve(lambda request, number: None if number <= 5 else FORBIDDEN)
+    with pytest.raises(SystemExit, match="none of 15 questions in a row, last: 403: the prompt"):
+        ask(server, tmp_path, names, (1.0,), concurrency=1)
+    assert ["failed" in row for row in files.read_jsonl(tmp_path / "part.jsonl")] == [False] * 5
+    server.reply = lambda request, number: None
+    samples = ask(server, tmp_path, names, (1.0,), concurrency=1)
+    assert len(samples) == 20 and not any("failed" in r for _, _, r, _ in samples)
+
+
 def test_the_last_question_of_a_run_that_went_well_does_not_end_it(serve, tmp_path):
     server = serve(always(REFUSAL))
     samples = ask(server, tmp_path, "a", (1.0,), answered=True)

@@ -243,3 +243,16 @@ def test_lora_is_chosen_where_ppo_of_all_weights_does_not_fit(monkeypatch, capsy
     assert parse("--student", "1b", "--learning-rate", "1e-6")["rl"].learning_rate == 1e-6
     assert {c.lora for c in parse("--student", "135m").values()} == {0}      # 10 GB
     assert {c.lora for c in parse().values()} == {0}
+
+
+def test_a_password_of_an_older_program_is_neither_shown_nor_a_hindrance(tmp_path):
+    """Its settings.json may have one in the server's address."""
+    told = ("--student", "8b", "--teacher-url", "http://host/v1", "--teacher-model", "m")
+    settings.save(tmp_path, "rl", parse(*told, out=tmp_path))
+    path = tmp_path / "settings.json"
+    path.write_text(path.read_text().replace("http://host", "http://user:secret@host"))
+    (tmp_path / "teacher.jsonl").write_text("{}\n")
+    assert parse(*told, out=tmp_path)["rl"].teacher_url == "http://host/v1"
+    other = [*told[:3], "http://other/v1", *told[4:]]
+    said = wrong(*other, out=tmp_path)
+    assert "secret" not in said and "--teacher-url was 'http://host/v1', not 'http://other" in said

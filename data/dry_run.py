@@ -230,6 +230,7 @@ def shape(name, role, revision=""):
 
 
 def cell(name, stage, micro_batch, rank=0):
+    """A stage's peak in GB, and the smallest card that holds it."""
     peak = plan(stage, SIZES[name].shape, torch.bfloat16, batch=64, micro_batch=micro_batch,
                 slots=64, prompt=256, response=512, rank=rank)["peak"]
     return f"{peak / 1e9:.1f} ({next((gb for gb in GBS if peak <= gb * USED), 'none')})"

@@ -16,8 +16,15 @@ from pathlib import Path
 from nanodistill.files import digest
 from nanodistill.presets import SIZES, STUDENTS
 from nanodistill.tokenizer import FILES as TOKENIZER_FILES
-from nanodistill.tokenizer import read_json
-from nanodistill.weights import INDEX, SINGLE, complete, load, load_adapter, save
+from nanodistill.weights import (
+    INDEX,
+    SINGLE,
+    complete,
+    load,
+    load_adapter,
+    load_adapter_config,
+    save,
+)
 
 
 WEIGHTS = "model*.safetensors"                                   # of the files on the hub
@@ -84,9 +91,11 @@ def _merged(folder, role, weights):
     """The base of an adapter's folder with the adapter merged into it: a folder beside the hub's
     cache, made once. Without `weights`: the base's."""
     from huggingface_hub import constants
-    config = read_json(folder / ADAPTER_CONFIG)
-    base = str(config.get("base_model_name_or_path"))
-    base = resolve(base, role, config.get("revision") or "", weights)
+    try:
+        _, _, base, revision = load_adapter_config(folder)
+    except (ValueError, OSError) as error:
+        sys.exit(f"--{role} {folder}: {error}")
+    base = resolve(base, role, revision, weights)
     if not weights:
         return base
     parts = [digest(path) for path in (folder, folder / ADAPTER_CONFIG, base)]
@@ -94,7 +103,11 @@ def _merged(folder, role, weights):
     merged = Path(constants.HF_HOME) / "nanodistill" / f"{folder.resolve().name}-{key}"
     if not complete(merged):
         print(f"--{role} {folder}: an adapter, merged into {base}: {merged}", flush=True)
-        save(load_adapter(folder, load(base).requires_grad_(False)), merged, base, base=base)
+        try:
+            model = load_adapter(folder, load(base).requires_grad_(False))
+        except (ValueError, OSError) as error:
+            sys.exit(f"--{role} {folder}: {error}")
+        save(model, merged, base, base=base)
     return merged
 
 
@@ -103,8 +116,7 @@ def bytes_to_fetch(name, revision=""):
     folder or "tiny", and where the hub cannot be asked."""
     local = name == "tiny" or (Path(name) / "config.json").exists()
     if not local and (Path(name) / ADAPTER_CONFIG).exists():
-        config = read_json(Path(name) / ADAPTER_CONFIG)
-        return bytes_to_fetch(str(config.get("base_model_name_or_path")), config.get("revision"))
+        return bytes_to_fetch(*load_adapter_config(Path(name))[2:])
     repository = "" if local else _repository(name)
     if not repository:
         return 0

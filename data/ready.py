@@ -51,7 +51,7 @@ def check(stage, configs):
         except (ValueError, OSError, ImportError) as error:
             problems.append(str(error))
 
-    devices = {s: attempt(run.pick_device, configs[s].device) for s in stages}
+    devices = {s: attempt(fit.pick_device, configs[s].device) for s in stages}
     attempt(writable, Path(config.out))
     problems += run.stale(Path(config.out))
     reward_model = Path(config.out, "rm")
@@ -111,7 +111,7 @@ def fits(stage, config, shape, device, longest):
     batch = getattr(config, "batch_size", fit.SCORED)
     if stage == "rl":
         batch = config.prompts * config.samples // config.minibatches
-    fit.choose(stage, shape, run.pick_dtype(config.dtype, device), fit.free_bytes(device),
+    fit.choose(stage, shape, fit.pick_dtype(config.dtype, device), fit.free_bytes(device),
                batch=batch, prompt=longest, response=config.max_new_tokens, jobs=256,
                device=device.type, slots=config.slots,
                micro_batch=getattr(config, "micro_batch", 0),

@@ -6,7 +6,7 @@ and the bytes alive are added up. In each phase of a pass the most is linear in 
 models of two and of three layers stand for all. Not counted: CUDA's context, kernels' scratch, and
 what the allocator loses at the ends of its blocks (2% at 135m); SPARE is for them.
 
-`python -m nanodistill.fit` prints the README's table "What fits which card".
+`python -m data.dry_run` prints the README's table "What fits which card".
 """
 
 import bisect
@@ -271,7 +271,27 @@ def plan(stage, shape, dtype, *, batch, micro_batch, slots, prompt, response, ch
     return parts
 
 
-# ---- what is free, and what fits it ----
+# ---- the device, what is free on it, and what fits ----
+
+def pick_device(name):
+    """The torch.device that `--device` means. Raises ValueError where there is none of its kind."""
+    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+              "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind in usable if usable[kind]))
+    if not usable[name]:
+        why = f"this PyTorch ({torch.__version__}) is not built for it" if name == "mps" or not \
+            torch.backends.cuda.is_built() else "PyTorch finds no card (look at nvidia-smi)"
+        raise ValueError(f"--device {name}: {why}. --device auto takes what is there")
+    return torch.device(name)
+
+
+def pick_dtype(name, device):
+    """The dtype of the arithmetic that `--dtype` means on a device."""
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
 
 def free_memory(root=Path("/")):
     """Bytes of main memory that are free, within what the process's control groups allow."""

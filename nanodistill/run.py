@@ -1,4 +1,4 @@
-"""What every stage does around its own work: run folder, metrics, checkpoints, devices.
+"""What every stage does around its own work: run folder, metrics, checkpoints.
 
 All that a stage reads and writes lies in one run folder:
 
@@ -29,26 +29,6 @@ from tqdm import tqdm
 from nanodistill import files, fit, lora, process, settings
 
 
-def pick_device(name):
-    """The torch.device that `--device` means. Raises ValueError where there is none of its kind."""
-    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-              "cpu": True}
-    if name == "auto":
-        return torch.device(next(kind for kind in usable if usable[kind]))
-    if not usable[name]:
-        why = f"this PyTorch ({torch.__version__}) is not built for it" if name == "mps" or not \
-            torch.backends.cuda.is_built() else "PyTorch finds no card (look at nvidia-smi)"
-        raise ValueError(f"--device {name}: {why}. --device auto takes what is there")
-    return torch.device(name)
-
-
-def pick_dtype(name, device):
-    """The dtype of the arithmetic that `--dtype` means on a device."""
-    if name == "auto":
-        name = "bf16" if device.type == "cuda" else "fp32"
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
-
-
 def start(configs, stage):
     """Make the run folder, take it, write its settings, fix the threads, seed everything.
 
@@ -65,10 +45,10 @@ def start(configs, stage):
     seed = random.Random(f"{stage} {config.seed}").getrandbits(32)
     random.seed(seed)
     torch.manual_seed(seed)
-    device = pick_device(config.device)
+    device = fit.pick_device(config.device)
     if device.type == "cuda":
         torch.backends.cuda.matmul.fp32_precision = "tf32"
-    return folder, device, pick_dtype(config.dtype, device)
+    return folder, device, fit.pick_dtype(config.dtype, device)
 
 
 def fitted(stage, config, model, dtype, device, prompt, response, batch=0, jobs=0):

@@ -229,22 +229,16 @@ def dial(given):
 def rank_that_fits(size, given):
     """--lora where it is not given -> (rank, reason): 0 where PPO of all weights fits the memory
     that is free, with prompts and responses of 256 and 512 tokens."""
-    import torch
-
-    from nanodistill import fit
-    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-              "cpu": True}
-    device = given.get("device", "auto")
-    if device == "auto":
-        device = next(kind for kind in usable if usable[kind])
-    if not usable[device]:                                       # which the stage says at once
+    from nanodistill import fit  # it imports torch, which takes 1 s
+    try:
+        device = fit.pick_device(given.get("device", "auto"))
+    except ValueError:                                           # which the stage says at once
         return 0, ""
-    fp32 = given.get("dtype", "auto") == "fp32" or "dtype" not in given and device == "cpu"
-    dtype, free = torch.float32 if fp32 else torch.bfloat16, fit.free_bytes(device)
+    dtype, free = fit.pick_dtype(given.get("dtype", "auto"), device), fit.free_bytes(device)
     what = f"PPO of all weights in {free / 1e9:.1f} GB"
     try:
         fit.choose("rl", size.shape, dtype, free, batch=64, prompt=256, response=512, jobs=256,
-                   device=device)
+                   device=device.type)
     except ValueError:
         return presets.RANK, f"{what} does not fit"
     return 0, f"{what} fits"

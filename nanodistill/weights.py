@@ -302,15 +302,14 @@ def save_adapter(model, folder, base):
                                                        metadata={"format": "pt"})})
 
 
-def load_adapter(folder, trunk, kind=CausalLM):
-    """A model of `kind` on the frozen weights of the CausalLM `trunk`, with the adapters, and the
-    head, of a folder that `save_adapter` or PEFT wrote.
+def load_adapter_config(folder):
+    """adapter_config.json -> (rank, alpha, name of the base, its revision).
 
-    Raises ValueError where they do not fit, FileNotFoundError where there are none.
+    Raises ValueError for what is not LoRA as it is here, FileNotFoundError where a file is missing.
     """
-    folder = Path(folder)
-    if not (folder / "adapter_config.json").exists():
-        raise FileNotFoundError(f"{folder} holds no adapter")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).exists():
+            raise FileNotFoundError(f"{folder} has no {name}")
     config = read_json(folder / "adapter_config.json")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     wrong = [f"{key} = {config[key]!r}" for key in ("use_rslora", "use_dora", "rank_pattern",
@@ -318,10 +317,21 @@ def load_adapter(folder, trunk, kind=CausalLM):
              if config.get(key)]
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
         wrong.append("it is not LoRA without biases")
-    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
+    if type(rank) is not int or not 0 < rank <= 4096 or not _within(alpha, 0):
         wrong.append(f"r = {rank!r}, lora_alpha = {alpha!r}")
     if wrong:
         raise ValueError(f"{folder / 'adapter_config.json'}: {', '.join(wrong)}: not known here")
+    return rank, alpha, str(config.get("base_model_name_or_path")), config.get("revision") or ""
+
+
+def load_adapter(folder, trunk, kind=CausalLM):
+    """A model of `kind` on the frozen weights of the CausalLM `trunk`, with the adapters, and the
+    head, of a folder that `save_adapter` or PEFT wrote.
+
+    Raises ValueError where they do not fit, FileNotFoundError where there are none.
+    """
+    folder = Path(folder)
+    rank, alpha, *_ = load_adapter_config(folder)
     model = lora.adapt(stand_on(trunk, kind), rank, alpha)
     wanted, loaded = lora.trained(model), {}
     try:

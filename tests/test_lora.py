@@ -163,6 +163,26 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(tmp_path, tokenizer_fol
         weights.load_adapter(tmp_path / "adapter", trunk)
 
 
+def test_a_students_adapter_that_is_broken_is_one_message_at_the_beginning(tmp_path,
+                                                                           tokenizer_folder):
+    trunk = random_model(vocab_size=512)
+    weights.save(trunk, tmp_path / "trunk", tokenizer_folder)
+    mine = tmp_path / "mine"
+    weights.save_adapter(adapted(trunk.requires_grad_(False)), mine, tmp_path / "trunk")
+    path = mine / "adapter_config.json"
+    good = json.loads(path.read_text())
+    for change, says in (({"use_dora": True}, "use_dora"), ({"r": 10**9}, "r = 1000000000")):
+        path.write_text(json.dumps({**good, **change}))
+        with pytest.raises(SystemExit, match=f"--student .*{says}"):
+            hub.resolve(mine, "student", weights=False)
+    path.write_text(json.dumps({**good, "r": 8}))
+    with pytest.raises(SystemExit, match="--student .*has shape"):
+        hub.resolve(mine, "student")
+    (mine / "adapter_model.safetensors").unlink()
+    with pytest.raises(SystemExit, match="has no adapter_model.safetensors"):
+        hub.resolve(mine, "student", weights=False)
+
+
 def test_a_checkpoint_holds_what_is_trained_and_brings_it_back(tmp_path):
     from nanodistill.settings import Common
     config, trunk = Common(), random_model().requires_grad_(False)

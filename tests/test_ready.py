@@ -9,7 +9,7 @@ from conftest import random_model
 
 import train_rl
 from data import hub, ready
-from nanodistill import run, settings, weights
+from nanodistill import fit, run, settings, weights
 
 
 def configs(out, *argv):
@@ -70,9 +70,9 @@ def test_all_that_is_wrong_is_listed_at_once(tmp_path, monkeypatch):
 def test_auto_prefers_cuda_then_mps_then_cpu(monkeypatch, cuda, mps, chosen):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    assert run.pick_device("auto").type == chosen
-    assert run.pick_dtype("auto", torch.device(chosen)) == (
+    assert fit.pick_device("auto").type == chosen
+    assert fit.pick_dtype("auto", torch.device(chosen)) == (
         torch.bfloat16 if cuda else torch.float32)
     if not mps:
         with pytest.raises(ValueError, match="--device mps: this PyTorch"):
-            run.pick_device("mps")
+            fit.pick_device("mps")

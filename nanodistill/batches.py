@@ -60,29 +60,35 @@ def pack(rows, device="cpu", cache=None):
 
 
 class KVCache:
-    """Keys and values of B sequences, in tensors of fixed shape: one compiled step serves all.
+    """Keys and values of B sequences: two tensors of fixed shape per layer, written in place.
 
     Row b holds its own sequence from position 0 on. What lies past its last token is stale and
     never attended to. Keys are transposed: a decode step multiplies one query with all of them,
-    and in bf16 on CPU that product takes a third of the time so.
+    and in bf16 on CPU that product takes a third of the time so. A tensor per layer, for a compiler
+    that traces writes into a slice of one tensor copies all of it.
     """
 
     def __init__(self, config, batch, length, device, dtype):
-        shape, d = (config.num_hidden_layers, batch, config.num_key_value_heads), config.head_dim
-        self.k = torch.zeros(*shape, d, length, device=device, dtype=dtype)   # (layers, B, K, d, S)
-        self.v = torch.zeros(*shape, length, d, device=device, dtype=dtype)   # (layers, B, K, S, d)
+        layers, K, d = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+        how = dict(device=device, dtype=dtype)
+        self.k = [torch.zeros(batch, K, d, length, **how) for _ in range(layers)]
+        self.v = [torch.zeros(batch, K, length, d, **how) for _ in range(layers)]
+        self.length = length
 
     def view(self, rows, length):
         """The first `length` positions of the first `rows` rows."""
         view = object.__new__(KVCache)
-        view.k, view.v = self.k[:, :rows, :, :, :length], self.v[:, :rows, :, :length]
+        view.k = [k[:rows, :, :, :length] for k in self.k]
+        view.v = [v[:rows, :, :length] for v in self.v]
+        view.length = min(length, self.length)
         return view
 
     def copy_rows(self, other, source, target):
         """Copy the rows `source` of `other`, which has at most as many positions, to `target`."""
-        length = other.v.shape[3]
-        self.k[:, target, :, :, :length] = other.k[:, source]
-        self.v[:, target, :, :length] = other.v[:, source]
+        for mine, its in zip(self.k, other.k):
+            mine[target, :, :, :other.length] = its[source]
+        for mine, its in zip(self.v, other.v):
+            mine[target, :, :other.length] = its[source]
 
 
 class NewTokens:
@@ -94,9 +100,9 @@ class NewTokens:
     def __init__(self, ids, positions, cache):
         self.ids, self.positions, self.cache = ids, positions, cache
         self.rows = torch.arange(len(ids), device=ids.device)
-        _, _, K, S, _ = cache.v.shape
+        _, K, S, _ = cache.v[0].shape
         seen = torch.arange(S, device=ids.device) <= positions[:, None]               # (B, S)
-        mask = torch.where(seen, 0.0, -math.inf).to(cache.v.dtype)
+        mask = torch.where(seen, 0.0, -math.inf).to(cache.v[0].dtype)
         self.mask = mask.repeat_interleave(K, dim=0)[:, None]              # (B * K, 1, S)
 
     def attend(self, layer, q, k, v):

@@ -262,7 +262,7 @@ def plan(stage, shape, dtype, *, batch, micro_batch, slots, prompt, response, ch
                                                        and not rank)
                                              + (causal - embedding) * (cpu and bf16))
         cache = KVCache(shape, slots, length, "meta", dtype)
-        parts["KV cache"] = cache.k.nbytes + cache.v.nbytes
+        parts["KV cache"] = sum(x.nbytes for x in cache.k + cache.v)
         parts["sampling"] = CUBLAS * cuda - parts["KV cache"] + most(
             sampling_peaks, shape, dtype, slots, prompt, response, rank * (stage == "rl"), device)
     sampler = parts["sampler's weights"] + parts["KV cache"] + parts["sampling"]

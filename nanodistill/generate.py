@@ -29,6 +29,9 @@ from nanodistill.sampling import choose, stream_of, uniform
 
 # Prompts times the longest's tokens: more take memory and, where they leave the CPU's cache, time.
 PREFILL = {"cpu": 2**11, "cuda": 2**14, "mps": 2**12}
+# The decode step sees a multiple of this many positions of the cache. On CPU oneDNN prepares itself
+# for each new number, on CUDA a graph is recorded.
+STRIDE = {"cpu": 16, "cuda": 256, "mps": 16}
 # What is to be drawn: sample `sample` of prompt number `index`, with its random stream.
 Job = namedtuple("Job", "index sample id prompt temperature stream")
 
@@ -47,7 +50,7 @@ class Sample:
 @dataclass
 class Slots:
     """What the device holds of B sequences in flight: tensors of fixed shape, changed in place, so
-    that one compiled step serves them all."""
+    that one CUDA graph of the step serves them all."""
     temperature: torch.Tensor              # (B,) 0 = greedy
     stream: torch.Tensor                   # (B,) int64, of the sample in this slot
     last: torch.Tensor                     # (B,) int64, the token to feed next
@@ -76,7 +79,7 @@ class Slots:
             kept = torch.where(going, value, old.gather(1, at).squeeze(1))
             mine[rows] = old.scatter(1, at, kept[:, None])
         self.last[rows] = torch.where(going, new, self.last[rows])
-        self.done[rows] |= torch.isin(new, eos) | (count + 1 >= limit)
+        self.done[rows] |= (new[:, None] == eos).any(dim=1) | (count + 1 >= limit)
         # The last, for `count` may be a view of it.
         self.count[rows] = count + going
 
@@ -90,10 +93,16 @@ def decode_step(model, cache, slots, eos, any_greedy=True):
     slots.record(slice(None), *drawn, eos)
 
 
-@functools.cache
-def compiled_step(device):
-    mode = "reduce-overhead" if device == "cuda" else None
-    return torch.compile(decode_step, fullgraph=True, mode=mode)
+def recorded(step):
+    """A CUDA graph of what `step` launches on tensors that stay where they are; it is not run."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+def round_up(n, multiple):
+    return -(-n // multiple) * multiple
 
 
 def copy_of(model, dtype):
@@ -129,16 +138,16 @@ def prefill_batches(jobs, most):
 class Engine:
     """A queue of jobs, the slots they are drawn in, and what is done between two tokens."""
 
-    def __init__(self, model, jobs, slots, limit, prefill, eos_ids, pad_id, compile):
+    def __init__(self, model, jobs, slots, limit, prefill, eos_ids, pad_id, graphs):
         self.queue, self.prefill_tokens = deque(jobs), prefill
         self.config, self.dtype, self.device = model.config, model.head.dtype, model.head.device
-        self.compile, self.any_greedy = compile, any(job.temperature == 0 for job in jobs)
+        self.any_greedy = any(job.temperature == 0 for job in jobs)
         B, longest = min(slots, len(jobs)), max(len(job.prompt) for job in jobs)
-        if cpu.helps(model.head) and not compile:
+        if cpu.helps(model.head):
             model = copy_of(model, self.dtype)
             cpu.pack_weights(model, B)
         self.model, self.eos = model, torch.tensor(eos_ids, device=self.device)
-        self.cache = self.new_cache(B, longest + limit)
+        self.cache = self.new_cache(B, round_up(longest + limit, STRIDE[self.device.type]))
         self.slots = Slots.empty(B, limit, pad_id, self.device)
         self.owner = [None] * B                                        # the Job in each slot
         # Slot b has filled offset[b] + steps positions of the cache, or fewer: known without asking
@@ -146,6 +155,8 @@ class Engine:
         self.steps, self.offset = 0, [0] * B
         # {index: cache and logits} of the prompt that still has samples in the queue.
         self.held = {}
+        # {slots and positions of the cache: the step's CUDA graph; None: it has run once}.
+        self.graphs = {} if graphs else None
 
     def new_cache(self, rows, length):
         return KVCache(self.config, rows, length, self.device, self.dtype)
@@ -223,16 +234,19 @@ class Engine:
         logits = self.model.lm_head(hidden[ends])                      # (prompts, V)
         self.held, last = {}, list(prompts)[-1]
         if self.queue and self.queue[0].index == last:
-            row = self.new_cache(1, fresh.v.shape[3])
+            row = self.new_cache(1, fresh.length)
             one, zero = (torch.tensor([k], device=self.device) for k in (len(prompts) - 1, 0))
             row.copy_rows(fresh, one, zero)
             self.held[last] = row, logits[-1:].clone()
         return fresh, logits
 
     def shrink(self):
-        """With the queue empty and an eighth of the slots free, go on in the first slots alone."""
+        """With the queue empty and an eighth of the slots free, go on in the first slots alone.
+
+        With graphs it waits for a half: each number of slots needs another.
+        """
         free = self.free()
-        if self.queue or self.compile or len(free) < len(self.owner) / 8:
+        if self.queue or len(free) < len(self.owner) / (8 if self.graphs is None else 2):
             return
         B = len(self.owner) - len(free)
         source = [b for b, job in enumerate(self.owner) if job is not None and b >= B]
@@ -245,20 +259,26 @@ class Engine:
         for x in vars(self.slots).values():
             x[target] = x[source]
         self.slots = Slots(*(x[:B] for x in vars(self.slots).values()))
-        self.cache = self.cache.view(B, self.cache.v.shape[3])
+        self.cache = self.cache.view(B, self.cache.length)
         self.owner, self.offset = self.owner[:B], self.offset[:B]
 
     def step(self):
         """One token more in every slot."""
         self.steps += 1
-        if self.compile:
-            step, cache = compiled_step(self.device.type), self.cache
+        used = self.steps + max(n for n, job in zip(self.offset, self.owner) if job is not None)
+        # What is not there yet need not be read; each new length costs something: see STRIDE.
+        shape = len(self.owner), round_up(used, STRIDE[self.device.type])
+        step = functools.partial(decode_step, self.model, self.cache.view(*shape), self.slots,
+                                 self.eos, self.any_greedy)
+        if self.graphs is None:
+            step()
+        elif shape not in self.graphs:
+            # A kernel's first launch loads it, which cannot be recorded.
+            self.graphs[shape] = step()
         else:
-            # What is not there yet need not be read; oneDNN prepares itself for each new length.
-            used = self.steps + max(
-                n for n, job in zip(self.offset, self.owner) if job is not None)
-            step, cache = decode_step, self.cache.view(len(self.owner), -(-used // 16) * 16)
-        step(self.model, cache, self.slots, self.eos, self.any_greedy)
+            if self.graphs[shape] is None:
+                self.graphs[shape] = recorded(step)
+            self.graphs[shape].replay()
 
 
 @torch.inference_mode()
@@ -297,7 +317,7 @@ def faults(config, prompts, ids, eos_ids, pad_id, max_new_tokens, n, temperature
 
 
 def generate(model, prompts, *, eos_ids, pad_id, max_new_tokens, n=1, temperature=1.0, slots=256,
-             seed=0, compile=None, ids=None):
+             seed=0, graphs=None, ids=None):
     """Yield (prompt index, sample index, Sample) for n samples of each prompt, each as it ends.
 
     Args:
@@ -307,7 +327,8 @@ def generate(model, prompts, *, eos_ids, pad_id, max_new_tokens, n=1, temperatur
             positions. Where a GPU's memory runs out, the samples that are left are drawn with half
             of them; no sample changes.
         seed: an int. A sample follows from it, its prompt's id and its index, nothing else.
-        compile: the decode step, by torch.compile, as CUDA graphs on CUDA; None: on CUDA.
+        graphs: the decode step as CUDA graphs: its kernels, a thousand or so, are launched at once;
+            None: on CUDA.
         ids: a str for each prompt, all different; None: "0", "1", ...
     Raises:
         ValueError: an argument is of no use, a sequence could outgrow the positions (`faults`).
@@ -327,11 +348,11 @@ def generate(model, prompts, *, eos_ids, pad_id, max_new_tokens, n=1, temperatur
         # Else each step would cast all weights anew.
         model = copy_of(model, dtype)
     device, slots = model.head.device.type, min(slots, len(left))
-    prefill, compile = PREFILL[device], device == "cuda" if compile is None else compile
+    prefill, graphs = PREFILL[device], device == "cuda" if graphs is None else graphs
     while left:
         try:
             for job, sample in run(model, list(left.values()), slots, max_new_tokens, prefill,
-                                   eos_ids, pad_id, compile):
+                                   eos_ids, pad_id, graphs):
                 del left[job.index, job.sample]
                 yield job.index, job.sample, sample
             return

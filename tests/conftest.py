@@ -15,6 +15,9 @@ torch.set_num_threads(1)
 # Under nohup, or a script's &, these are ignored: here, and in the processes that tests stop.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# A stub of the driver (FAKE_CUDA names it) computes nothing.
+card = pytest.mark.skipif(not torch.cuda.is_available() or "FAKE_CUDA" in os.environ,
+                          reason="there is no CUDA card")
 # Of the workplace this was built in; users have none.
 ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
 

@@ -10,6 +10,8 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import random_model
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -136,3 +138,21 @@ def test_the_decode_step_and_the_losses_are_each_one_graph():
         with torch.no_grad():
             step(model, cache, slots, torch.tensor([1]))
         assert slots.count.tolist() == slots.position.tolist() == [1, 1, 1]
+
+
+def test_a_compiler_does_not_copy_the_cache():
+    """Traced, a write into a slice of a tensor becomes a select_scatter, which copies all of it."""
+    with unset_fake_temporarily():
+        model, called = random_model(), []
+
+        def look(graph, _):
+            called.extend(str(node.target) for node in graph.graph.nodes)
+            return make_boxed_func(graph.forward)
+
+        cache = KVCache(model.config, 3, 16, "cpu", torch.float32)
+        slots = generate.Slots.empty(3, 8, 0, "cpu")
+        with torch.no_grad():
+            torch.compile(generate.decode_step, fullgraph=True, backend=aot_autograd(
+                fw_compiler=look))(model, cache, slots, torch.tensor([1]))
+    assert sum("index_put" in name for name in called) >= 2 * len(cache.k)
+    assert not [name for name in called if "scatter" in name and "select" in name]

@@ -75,7 +75,8 @@ def test_cached_forward_equals_full_forward_with_rows_of_unequal_length():
         cache, fresh = (KVCache(model.config, 3, length, "cpu", torch.float32)
                         for length in (64, 17))
         # Stale content must not matter.
-        cache.k.fill_(100.0), cache.v.fill_(100.0)
+        for tensor in cache.k + cache.v:
+            tensor.fill_(100.0)
         prompt = torch.tensor([5, 17, 11])
         model(pack([row[:n] for row, n in zip(ids.tolist(), prompt)], cache=fresh))
         cache.copy_rows(fresh, torch.arange(3), torch.arange(3))

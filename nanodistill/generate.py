@@ -146,6 +146,8 @@ class Engine:
         if cpu.helps(model.head):
             model = copy_of(model, self.dtype)
             cpu.pack_weights(model, B)
+        else:
+            model = lora.cast(model, self.dtype)
         self.model, self.eos = model, torch.tensor(eos_ids, device=self.device)
         self.cache = self.new_cache(B, round_up(longest + limit, STRIDE[self.device.type]))
         self.slots = Slots.empty(B, limit, pad_id, self.device)

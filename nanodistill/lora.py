@@ -37,9 +37,12 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x):
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        y = F.linear(x, self.weight.to(x.dtype), bias)
-        low = F.linear(x, self.lora_A.weight.to(x.dtype))              # (..., rank)
-        return y + self.scale * F.linear(low, self.lora_B.weight.to(x.dtype))
+        rows = x.reshape(-1, self.in_features)
+        y = F.linear(rows, self.weight.to(x.dtype), bias)              # (rows, out)
+        low = F.linear(rows, self.lora_A.weight.to(x.dtype))           # (rows, rank)
+        # One kernel, and one rounding: y is read and written once.
+        y = torch.addmm(y, low, self.lora_B.weight.to(x.dtype).T, alpha=self.scale)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def merged(self):
         """W + alpha / rank * B A, fp32 (out, in)."""
@@ -66,6 +69,18 @@ def share(module):
     tensors = [*module.parameters()]
     tensors += [x for m in module.modules() for x in vars(m).values() if torch.is_tensor(x)]
     return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+
+
+def cast(model, dtype):
+    """Another model of the same trunk with the adapters in `dtype`, so that sampling does not cast
+    them anew for each token. A model whose adapters are so, or that has none, as it is."""
+    if all(p.dtype == dtype for name, p in model.named_parameters() if ".lora_" in name):
+        return model
+    model = share(model)
+    for module in [m for m in model.modules() if isinstance(m, LoRALinear)]:
+        for low in (module.lora_A, module.lora_B):
+            low.weight = nn.Parameter(low.weight.detach().to(dtype), requires_grad=False)
+    return model
 
 
 def trained(model):

@@ -212,3 +212,19 @@ def test_an_adapters_folder_may_be_the_student(tmp_path, tokenizer_folder, monke
     # Another adapter under the same name is another model.
     weights.save_adapter(adapted(trunk, seed=9), tmp_path / "mine", tmp_path / "trunk")
     assert hub.resolve(tmp_path / "mine", "student") != folder
+
+
+def test_cast_is_a_model_of_its_own_on_the_same_trunk():
+    trunk = random_model().to(torch.bfloat16).requires_grad_(False)
+    model = adapted(trunk)
+    cast = lora.cast(model, torch.bfloat16)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        assert torch.equal(cast(ids), model(ids))
+    ours, its = dict(model.named_parameters()), dict(cast.named_parameters())
+    assert ours.keys() == its.keys()
+    for name, p in its.items():
+        assert p.dtype == torch.bfloat16
+        assert (p is ours[name]) == (".lora_" not in name)
+        assert ours[name].dtype == (torch.float32 if ".lora_" in name else torch.bfloat16)
+    assert lora.cast(cast, torch.bfloat16) is cast and lora.cast(trunk, torch.bfloat16) is trunk

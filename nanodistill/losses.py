@@ -24,6 +24,7 @@ import math
 import warnings
 
 import torch
+import torch.nn.functional as F
 
 
 # Bytes of logits that exist at once: 1,024 tokens of bf16 at a vocabulary of 49,152.
@@ -78,25 +79,29 @@ def _entropy_gradient_(logits, inverse_temperature, normalizer, scale, entropy, 
 
 def _distillation_(logits, teacher_logits, inverse_temperature, scale, kind):
     """-> divergence per token; logits become the gradient of scale * its sum."""
-    student = (logits.float() * inverse_temperature).log_softmax(dim=-1)
-    teacher = (teacher_logits.float() * inverse_temperature).log_softmax(dim=-1)
+    x, y = logits.float() * inverse_temperature, teacher_logits.float() * inverse_temperature
+    x_normalizer, y_normalizer = (z.logsumexp(dim=-1, keepdim=True) for z in (x, y))     # (n, 1)
+    student, teacher = x - x_normalizer, y - y_normalizer
+    # A compiler keeps, as large as the logits, what is dear and used twice. So the gradients, which
+    # come a pass later, have their own way to write student - teacher: x - y - shift.
+    shift = x_normalizer - y_normalizer
     if kind == "forward_kl":
-        divergence = _weigh(teacher.exp(), teacher - student).sum(dim=-1)
+        divergence = _weigh(teacher.exp(), teacher - student).sum(dim=-1, keepdim=True)
         gradient = student.exp() - teacher.exp()
     elif kind == "reverse_kl":
         # sum_v p_v f_v, whose derivative by the logits is p (f - E[f]).
-        f = student - teacher
-        divergence = _weigh(student.exp(), f).sum(dim=-1)
-        gradient = _weigh(student.exp(), f - divergence[:, None])
+        divergence = _weigh(student.exp(), student - teacher).sum(dim=-1, keepdim=True)
+        gradient = _weigh(student.exp(), x - y - (shift + divergence))
     else:
+        # f = (student - middle) / 2 and student - middle = log 2 - log(1 + exp(teacher - student)).
         # The middle moves with the student too, but adds nothing to the derivative, p (f - E[f]).
-        middle = torch.logaddexp(student, teacher) - math.log(2)
-        f = (student - middle) * 0.5
-        mean = _weigh(student.exp(), f).sum(dim=-1)
-        divergence = mean + 0.5 * _weigh(teacher.exp(), teacher - middle).sum(dim=-1)
-        gradient = _weigh(student.exp(), f - mean[:, None])
+        mean, other = (
+            _weigh(a.exp(), math.log(2) - F.softplus(b - a)).sum(dim=-1, keepdim=True)
+            for a, b in ((student, teacher), (teacher, student)))
+        divergence = (mean + other) * 0.5
+        gradient = _weigh(student.exp(), math.log(2) - mean - F.softplus(y - x + shift)) * 0.5
     logits.copy_(gradient * (inverse_temperature * scale))
-    return divergence
+    return divergence.squeeze(-1)
 
 
 def _add_(total, part):
@@ -188,8 +193,12 @@ class _Gradients:
             torch.mm(gradient, weight, out=self.hidden[start:start + len(hidden)])
         if self.weight is not None and self.weight.dtype == hidden.dtype:
             self.weight.addmm_(gradient.T, hidden, beta=min(start, 1))
+        elif self.weight is not None and self.one_product(hidden):
+            # Nothing is rounded to the dtype of hidden on the way.
+            torch.addmm(self.weight, gradient.T, hidden, out_dtype=torch.float32,
+                        beta=min(start, 1), out=self.weight)
         elif self.weight is not None:
-            # Each part stays in the cache.
+            # A CPU's cache holds each part.
             parts = max(weight.numel() // WORTH_COMPILING, 1)
             totals, columns = self.weight.tensor_split(parts), gradient.tensor_split(parts, dim=1)
             for total, part in zip(totals, columns):
@@ -197,6 +206,11 @@ class _Gradients:
                     _run(_add_, total, part.T @ hidden)
                 else:
                     total.copy_(part.T @ hidden)
+
+    def one_product(self, hidden):
+        """Whether cuBLAS can add a product of this dtype to the fp32 sum (in Inductor: no)."""
+        return (hidden.device.type == "cuda" and hidden.dtype in (torch.bfloat16, torch.float16)
+                and self.weight.dtype == torch.float32 and not torch.compiler.is_compiling())
 
     def both(self, *above):
         """The two gradients, as they follow from the inputs and the gradients `above`."""
@@ -321,8 +335,11 @@ def linear_distillation(hidden, weight, teacher_hidden, teacher_weight, kind="fo
     with torch.no_grad():
         loss = torch.zeros((), device=hidden.device)
         gradients = _Gradients(hidden, weight, needs)
+        teacher_w = teacher_weight.to(teacher_hidden.dtype)                     # (V, E)
         for start, logits, (h, t) in _chunks(w, hidden, teacher_hidden):
-            teacher_logits = t @ teacher_weight.to(t.dtype).T                   # (n, V)
+            if not start:
+                buffer = t.new_empty(logits.shape)
+            teacher_logits = torch.mm(t, teacher_w.T, out=buffer[:len(t)])      # (n, V)
             loss += _run(_distillation_, logits, teacher_logits, inverse_temperature, scale,
                          kind).sum()
             gradients.add(start, h, w, logits)

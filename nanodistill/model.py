@@ -22,16 +22,20 @@ How tokens attend to each other is the batch's business, not the model's. A batc
 file imports torch only and can be copied out alone.
 """
 
+import contextlib
 import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 
 STD = 0.02                                 # of initial weights, as GPT-2's
+# Of attention on CUDA, the fastest first.
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass
@@ -110,8 +114,13 @@ def causal_attention(q, k, v):
     q (B, T, H, head_dim), k and v (B, T, K, head_dim) -> (B, T, H * head_dim).
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))                   # (B, heads, T, head_dim)
-    grouped = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    if q.is_cuda and q.dtype == torch.float32 and q.shape[1] != k.shape[1]:
+        # CUDA's one fp32 kernel that keeps no (T, T) weights takes no grouped queries.
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    # Not cuDNN's, which takes half a second to plan for each new shape.
+    with sdpa_kernel(KERNELS) if q.is_cuda else contextlib.nullcontext():
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True,
+                                             enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2).flatten(2)
 
 

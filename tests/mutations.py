@@ -158,7 +158,8 @@ TABLE = [Mutation(*entry) for entry in [
     ("entropy-sign", LOSSES, "normalizer - _weigh(", "normalizer + _weigh(", "losses"),
     ("temperature-inverted", LOSSES, "inverse(temperature)",
      "torch.as_tensor(temperature, dtype=torch.float32, device=hidden.device)", "losses"),
-    ("chunk-over-chunk", LOSSES, "beta=min(start, 1)", "beta=0", "losses"),
+    ("chunk-over-chunk", LOSSES, "hidden, beta=min(start, 1))", "hidden, beta=0)", "losses"),
+    ("distillation-not-centred", LOSSES, "(shift + divergence)", "shift", "losses"),
     # Model.
     ("rope-not-negated", MODEL, "(-angles, angles)", "(angles, angles)", "model"),
     ("attention-not-causal", MODEL, "is_causal=True", "is_causal=False", "model"),

@@ -113,6 +113,26 @@ def test_attention_by_products_equals_pytorchs_in_values_and_gradients():
         assert all((a.double() - b).abs().max() < 0.05 for a, b in zip(gradients(low), wanted))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype, error", [(torch.bfloat16, 2e-2), (torch.float32, 1e-4)])
+def test_on_cuda_attention_of_grouped_heads_is_that_of_fp64_and_keeps_no_square(dtype, error):
+    q, k, v = (torch.randn(2, 1000, heads, 16, generator=torch.Generator().manual_seed(i)).to(dtype)
+               for i, heads in enumerate((6, 2, 2)))
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in exact), is_causal=True, enable_gqa=True)
+    expected = expected.transpose(1, 2).flatten(2)                      # (2, 1000, 96)
+    wanted = torch.autograd.grad(expected.sin().sum(), exact)
+    inputs = [x.cuda().requires_grad_() for x in (q, k, v)]
+    before = torch.cuda.memory_allocated()
+    out = causal_attention(*inputs)
+    # A byte for each of the weights, of two or four.
+    assert torch.cuda.memory_allocated() - before < 2 * 6 * 1000 * 1000
+    got = torch.autograd.grad(out.float().sin().sum(), inputs)
+    for a, b in zip((out, *got), (expected, *wanted)):
+        assert (a.cpu() - b).norm() < error * b.norm()
+
+
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_packed_sequences_are_as_padded_ones_in_values_and_gradients(checkpoint):
     model = random_model()

@@ -23,6 +23,7 @@ file imports torch only and can be copied out alone.
 """
 
 import contextlib
+import functools
 import math
 from dataclasses import dataclass
 
@@ -176,14 +177,13 @@ class Attention(nn.Module):
         """x (..., D) -> queries (..., H * head_dim), keys and values (..., K * head_dim)."""
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
-    def forward(self, x, cos, sin, batch, layer):
-        """x (..., D) -> the same shape. `layer`: this one's number, by which `batch` knows it."""
+    def qkv(self, x, cos, sin):
+        """x (..., D) -> what attends: q (..., H, head_dim), k and v (..., K, head_dim)."""
         q, k, v = self.project(x)
         q = self.q_norm(q.unflatten(-1, (self.heads, self.head_dim)))        # (..., H, head_dim)
         k = self.k_norm(k.unflatten(-1, (self.kv_heads, self.head_dim)))      # (..., K, head_dim)
         v = v.unflatten(-1, (self.kv_heads, self.head_dim))
-        out = batch.attend(layer, rotate(q, cos, sin), rotate(k, cos, sin), v)
-        return self.o_proj(out)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 class MLP(nn.Module):
@@ -212,21 +212,42 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, *how):
-        x = x + self.self_attn(self.input_layernorm(x), *how)
+    def before(self, x, cos, sin):
+        """x (..., D) -> what attends, as `Attention.qkv`."""
+        return self.self_attn.qkv(self.input_layernorm(x), cos, sin)
+
+    def after(self, x, attended):
+        """x (..., D), attended (..., H * head_dim) -> (..., D)."""
+        x = x + self.self_attn.o_proj(attended)
+        # The MLP needs the most memory.
+        del attended
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def forward(self, x, cos, sin, batch, i, compiled=False):
+        """x (..., D) -> the same shape. i: this layer's number, by which `batch` knows it."""
+        before, after = (_compiled(f) if compiled else f for f in (Layer.before, Layer.after))
+        return after(self, x, batch.attend(i, *before(self, x, cos, sin)))
+
+
+@functools.cache
+def _compiled(part):
+    """`Layer.before` or `after`, compiled once for all layers and lengths: their weights are inputs
+    of the graph. Rounded as eagerly, for else the passes with and without gradients, of which PPO's
+    ratio is made, would differ by what is fused in each."""
+    return torch.compile(part, dynamic=True, options={"emulate_precision_casts": True})
 
 
 class Trunk(nn.Module):
     """Everything below the head: token ids (B, T) -> hidden states (B, T, D) after the last norm.
 
     dtype: of the arithmetic; None: the weights' own. checkpoint: keep no activations of a layer;
-    the backward pass computes them again.
+    the backward pass computes them again. compiled: torch.compile what comes before and after a
+    layer's attention, but in inference mode, which is sampling's.
     """
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.dtype, self.checkpoint = config, None, False
+        self.config, self.dtype, self.checkpoint, self.compiled = config, None, False, False
         table = torch.empty(config.vocab_size, config.hidden_size)     # (V, D)
         # From a stream of its own, so that `init_weights` draws what it always drew. On the meta
         # device it would import torch._dynamo, which takes 2 s.
@@ -251,11 +272,13 @@ class Trunk(nn.Module):
         angles = self.angles[batch.positions].unsqueeze(-2)            # (..., 1, head_dim)
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
         x = self.embed_tokens(batch.ids).to(dtype)                     # (..., D)
+        compiled = self.compiled and not torch.is_inference_mode_enabled()
         for i, layer in enumerate(self.layers):
+            how = cos, sin, batch, i, compiled
             if self.checkpoint and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, batch, i, use_reentrant=False)
+                x = checkpoint(layer, x, *how, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, batch, i)
+                x = layer(x, *how)
         return self.norm(x)
 
 

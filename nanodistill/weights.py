@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from nanodistill import lora
+from nanodistill import lora, losses
 from nanodistill.files import write_together
 from nanodistill.model import CausalLM, Config, ScalarModel
 from nanodistill.tokenizer import Tokenizer, read_json
@@ -211,6 +211,8 @@ def load(folder, kind=CausalLM, device="cpu", dtype=torch.float32):
     model.load_state_dict(loaded, strict=False, assign=True)
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
+    # On CUDA launching a layer's small kernels takes longer than its arithmetic.
+    model.model.compiled = torch.device(device).type == "cuda" and not losses._no_compiler("cuda")
     return model.requires_grad_(True).eval()
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import random_model
 
-from nanodistill import cpu
+from nanodistill import cpu, lora
 from nanodistill.batches import KVCache, NewTokens, pack
 from nanodistill.generate import generate
 from nanodistill.model import CausalLM, ScalarModel, causal_attention, grouped_attention
@@ -177,3 +177,56 @@ def test_a_model_made_without_weights_has_initial_weights_and_no_leftovers_of_me
     for (name, x), (_, y) in zip(a.named_parameters(), b.named_parameters()):
         assert torch.equal(x, y) and x.abs().max() < 2, name
     assert a.model.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+@pytest.mark.parametrize("family, dtype, rank, graphs", [
+    ("qwen3", torch.float32, 0, 4), ("llama", torch.bfloat16, 4, 6)])
+def test_two_parts_of_a_layer_are_compiled_for_all_layers_lengths_and_steps(
+        family, dtype, rank, graphs):
+    """Before and after attention, with and without gradients. With adapters also the first layer,
+    whose input needs no gradient. Then never again: not for other lengths, nor with checkpointing,
+    for a copy, or in sampling."""
+    built = torch._dynamo.utils.counters["stats"]
+    torch._dynamo.reset()
+    model = random_model(model_type=family, num_hidden_layers=3, head_dim=16)
+    if rank:
+        model = lora.adapt(model, rank)
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(1))
+    trunk, parameters = model.model, list(lora.trained(model.model).values())
+
+    def run(lengths, compiled, arithmetic=dtype, trunk=trunk, parameters=parameters):
+        """Hidden states without and with gradients, and the gradients."""
+        packed = pack([list(range(3, 3 + n)) for n in lengths])
+        trunk.compiled, trunk.dtype = compiled, arithmetic
+        with torch.no_grad():
+            alone = trunk(packed)
+        hidden = trunk(packed)
+        gradients = torch.autograd.grad(hidden.float().sin().sum(), parameters)
+        return alone, hidden.detach(), torch.cat([g.flatten() for g in gradients])
+
+    before = built["unique_graphs"]
+    run([5, 9], compiled=True)
+    assert built["unique_graphs"] == before + graphs
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for lengths, trunk.checkpoint in [((2, 1), False), ((7, 30, 4), False), ((8, 25), True)]:
+            alone, hidden, gradients = run(lengths, compiled=True)
+            # PPO's first ratio is 1.
+            assert torch.equal(alone, hidden)
+            eager, truth = run(lengths, False), run(lengths, False, torch.float32)
+            for got, rounded, exact in zip((hidden, gradients), eager[1:], truth[1:]):
+                assert (got - exact).norm() < 1.3 * (rounded - exact).norm() + 1e-5 * exact.norm()
+        trunk.compiled = True
+        other = lora.share(model)
+        # A copy's parts are its own, not those of what it was copied from.
+        other.model.layers[1].input_layernorm.weight = torch.nn.Parameter(
+            torch.zeros(32), requires_grad=not rank)
+        assert not torch.equal(run([4, 4], True, trunk=other.model,
+                                   parameters=[*lora.trained(other.model).values()])[0],
+                               run([4, 4], True)[0])
+        sampled = [[sample.tokens for _, _, sample in generate(
+            model, [[5, 6, 7]], temperature=0.0, max_new_tokens=9, eos_ids=[], pad_id=0)]
+            for trunk.compiled in (False, True)]
+        assert sampled[0] == sampled[1]
+    assert built["unique_graphs"] == before + graphs

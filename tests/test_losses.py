@@ -416,7 +416,8 @@ def test_kernels_compile_once_for_all_lengths_and_equal_eager_ones(monkeypatch):
     counters.clear()
     for N, expected in zip(lengths, eager):
         torch.testing.assert_close(every_loss(N), expected, rtol=1e-4, atol=1e-5)
-    # Normalizer; cross-entropy fp32, bf16; statistics; logprobs; entropy; kinds, values and gradients; add.
+    # Normalizer; cross-entropy fp32, bf16; statistics; logprobs; entropy; values and gradients of
+    # the kinds; add.
     kernels = 1 + 2 + 1 + 1 + 1 + 2 * 3 + 1
     # A lone token is a shape of its own.
     assert kernels <= counters["stats"]["unique_graphs"] <= 2 * kernels

@@ -77,31 +77,47 @@ def _entropy_gradient_(logits, inverse_temperature, normalizer, scale, entropy, 
     logits.copy_(_weigh(logprobs.exp() * -inverse_temperature, scale[:, None] + surprise))
 
 
-def _distillation_(logits, teacher_logits, inverse_temperature, scale, kind):
-    """-> divergence per token; logits become the gradient of scale * its sum."""
-    x, y = logits.float() * inverse_temperature, teacher_logits.float() * inverse_temperature
-    x_normalizer, y_normalizer = (z.logsumexp(dim=-1, keepdim=True) for z in (x, y))     # (n, 1)
-    student, teacher = x - x_normalizer, y - y_normalizer
-    # A compiler keeps, as large as the logits, what is dear and used twice. So the gradients, which
-    # come a pass later, have their own way to write student - teacher: x - y - shift.
-    shift = x_normalizer - y_normalizer
+def _divergence(logits, teacher_logits, inverse_temperature, normalizer, teacher_normalizer, kind):
+    """-> divergence per token, and the mean that its gradient takes."""
+    student = logits.float() * inverse_temperature - normalizer[:, None]
+    teacher = teacher_logits.float() * inverse_temperature - teacher_normalizer[:, None]
     if kind == "forward_kl":
-        divergence = _weigh(teacher.exp(), teacher - student).sum(dim=-1, keepdim=True)
+        divergence = mean = _weigh(teacher.exp(), teacher - student).sum(dim=-1)
+    elif kind == "reverse_kl":
+        divergence = mean = _weigh(student.exp(), student - teacher).sum(dim=-1)
+    else:
+        # student - middle = log 2 - log(1 + exp(teacher - student)).
+        mean, other = (_weigh(a.exp(), math.log(2) - F.softplus(b - a)).sum(dim=-1)
+                       for a, b in ((student, teacher), (teacher, student)))
+        divergence = (mean + other) * 0.5
+    return divergence, mean
+
+
+def _divergence_gradient_(logits, teacher_logits, inverse_temperature, normalizer,
+                          teacher_normalizer, mean, scale, kind):
+    """Logits become the gradient of scale * the sum of divergences."""
+    student = logits.float() * inverse_temperature - normalizer[:, None]
+    teacher = teacher_logits.float() * inverse_temperature - teacher_normalizer[:, None]
+    if kind == "forward_kl":
         gradient = student.exp() - teacher.exp()
     elif kind == "reverse_kl":
         # sum_v p_v f_v, whose derivative by the logits is p (f - E[f]).
-        divergence = _weigh(student.exp(), student - teacher).sum(dim=-1, keepdim=True)
-        gradient = _weigh(student.exp(), x - y - (shift + divergence))
+        gradient = _weigh(student.exp(), student - teacher - mean[:, None])
     else:
-        # f = (student - middle) / 2 and student - middle = log 2 - log(1 + exp(teacher - student)).
         # The middle moves with the student too, but adds nothing to the derivative, p (f - E[f]).
-        mean, other = (
-            _weigh(a.exp(), math.log(2) - F.softplus(b - a)).sum(dim=-1, keepdim=True)
-            for a, b in ((student, teacher), (teacher, student)))
-        divergence = (mean + other) * 0.5
-        gradient = _weigh(student.exp(), math.log(2) - mean - F.softplus(y - x + shift)) * 0.5
+        f = math.log(2) - F.softplus(teacher - student)
+        gradient = _weigh(student.exp(), f - mean[:, None]) * 0.5
     logits.copy_(gradient * (inverse_temperature * scale))
-    return divergence.squeeze(-1)
+
+
+def _distillation_(logits, teacher_logits, inverse_temperature, scale, kind):
+    """-> divergence per token; logits become the gradient of scale * its sum. In steps: as one
+    kernel it would keep what is as large as the logits."""
+    normalizers = (_run(_statistics, x, inverse_temperature)[0] for x in (logits, teacher_logits))
+    given = logits, teacher_logits, inverse_temperature, *normalizers
+    divergence, mean = _run(_divergence, *given, kind)
+    _run(_divergence_gradient_, *given, mean, scale, kind)
+    return divergence
 
 
 def _add_(total, part):
@@ -120,7 +136,7 @@ def _run(kernel, logits, *args):
         return kernel(logits, *args)
     if logits.device.type == "meta":
         # Only memory counts there, and a compiled kernel makes nothing as large as the logits.
-        shape = (2, len(logits)) if kernel is _statistics else len(logits)
+        shape = (2, len(logits)) if kernel in (_statistics, _divergence) else len(logits)
         return logits.new_empty(shape).float()                                  # (2, n) or (n,)
     if _no_compiler(logits.device.type):
         return kernel(logits, *args)
@@ -340,8 +356,7 @@ def linear_distillation(hidden, weight, teacher_hidden, teacher_weight, kind="fo
             if not start:
                 buffer = t.new_empty(logits.shape)
             teacher_logits = torch.mm(t, teacher_w.T, out=buffer[:len(t)])      # (n, V)
-            loss += _run(_distillation_, logits, teacher_logits, inverse_temperature, scale,
-                         kind).sum()
+            loss += _distillation_(logits, teacher_logits, inverse_temperature, scale, kind).sum()
             gradients.add(start, h, w, logits)
     return _Precomputed.apply(loss * scale, gradients.both(), hidden, weight)
 

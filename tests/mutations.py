@@ -159,7 +159,7 @@ TABLE = [Mutation(*entry) for entry in [
     ("temperature-inverted", LOSSES, "inverse(temperature)",
      "torch.as_tensor(temperature, dtype=torch.float32, device=hidden.device)", "losses"),
     ("chunk-over-chunk", LOSSES, "hidden, beta=min(start, 1))", "hidden, beta=0)", "losses"),
-    ("distillation-not-centred", LOSSES, "(shift + divergence)", "shift", "losses"),
+    ("distillation-not-centred", LOSSES, "teacher - mean[:, None]", "teacher", "losses"),
     # Model.
     ("rope-not-negated", MODEL, "(-angles, angles)", "(angles, angles)", "model"),
     ("attention-not-causal", MODEL, "is_causal=True", "is_causal=False", "model"),

@@ -28,6 +28,7 @@ import torch
 import train_rm
 from data import grading, prompts_of, ready, task_of
 from nanodistill import files, lora, optim, ppo, process, responses, run, settings, weights
+from nanodistill.batches import on_device
 from nanodistill.generate import generate
 from nanodistill.model import CausalLM, ScalarModel
 from nanodistill.reward import score
@@ -136,11 +137,11 @@ def describe(micro_batch, config, models, rows, counts, scored_rows):
     scores = torch.zeros(B, device=device)
     with torch.no_grad():
         for mb in responses.alike(range(B), rows, micro_batch):
-            at = torch.tensor(mb).to(device)
-            some = [rows[b] for b in mb], [counts[b] for b in mb], R
-            old_logprobs[at], entropy[at] = responses.logprobs(policy, *some, config.temperature)
-            ref_logprobs[at], _ = responses.logprobs(reference, *some, config.temperature)
-            old_values[at] = responses.values(value_model, *some, squash)
+            batch = responses.batch(rows, counts, mb, device)
+            at = batch.at
+            old_logprobs[at], entropy[at] = responses.logprobs(policy, batch, config.temperature)
+            ref_logprobs[at], _ = responses.logprobs(reference, batch, config.temperature)
+            old_values[at] = responses.values(value_model, batch, squash)
             scores[at] = squash(score(reward_model, [scored_rows[b] for b in mb]))
     return old_logprobs, entropy, ref_logprobs, old_values, scores
 
@@ -156,18 +157,16 @@ def gradients(micro_batch, config, models, optimizers, minibatch, experience):
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     (policy, _, _, value_model), e = models, experience
-    device, R = policy.head.device, max(e.counts)
     # Every loss is divided by this: the gradient is the same whatever the micro-batch.
     tokens, parts = sum(e.counts[b] for b in minibatch), []
     for mb in responses.alike(minibatch, e.rows, micro_batch):
-        at = torch.tensor(mb).to(device)
-        some = [e.rows[b] for b in mb], [e.counts[b] for b in mb], R
-        mb_mask = e.response_mask[at]                                          # (micro_batch, R)
-        new_logprobs, _ = responses.logprobs(policy, *some, config.temperature)
+        batch = responses.batch(e.rows, e.counts, mb, policy.head.device)
+        at, mb_mask = batch.at, e.response_mask[batch.at]                      # (micro_batch, R)
+        new_logprobs, _ = responses.logprobs(policy, batch, config.temperature)
         policy_loss, measured = ppo.policy_loss(
             new_logprobs, e.old_logprobs[at], e.advantages[at], mb_mask, config.clip, tokens)
         policy_loss.backward()
-        new_values = responses.values(value_model, *some, squash_of(config))
+        new_values = responses.values(value_model, batch, squash_of(config))
         value_loss = ppo.value_loss(
             new_values, e.old_values[at], e.returns[at], mb_mask, config.value_clip, tokens)
         value_loss.backward()
@@ -258,8 +257,8 @@ def train(config, folder, device, dtype):
                 samples[i * config.samples + j] = sample
             rows = [prompts[id_] + s.tokens for id_, s in zip(ids, samples)]
             counts = [len(s.tokens) for s in samples]
-            ended = torch.tensor([s.ended for s in samples]).to(device)        # (B,)
-            response_mask = responses.mask(counts).to(device)                  # (B, R)
+            ended, = on_device(device, [s.ended for s in samples])             # (B,)
+            response_mask = responses.mask(counts, device)                     # (B, R)
 
             # ---- 2. what the four models say of the responses, before anything is learned ----
             # The reward model has learned one stop token: it stands for whichever came.
@@ -306,8 +305,8 @@ def train(config, folder, device, dtype):
                 kl_coef = ppo.adapt_kl(kl_coef, kl.item(), config.kl_target, B)
 
             # ---- metrics ----
-            by_sampler = torch.tensor([p for s in samples for p in s.logprobs]).to(device)
-            gap = responses.grid(by_sampler, counts, max(counts)) - old_logprobs
+            by_sampler, = on_device(device, [p for s in samples for p in s.logprobs])
+            gap = old_logprobs.masked_scatter(response_mask, by_sampler) - old_logprobs
             texts = [tokenizer.decode(s.tokens) if s.ended else "" for s in samples]
             answered = [task.extract_answer(text, asked[id_]) is not None
                         for id_, text in zip(ids, texts)]

@@ -19,6 +19,7 @@ The score is the output at the last token. With bce, earlier tokens learn to for
 loss and the base (the SFT student) are our choice, not the paper's.
 """
 
+import itertools
 import random
 import sys
 from dataclasses import dataclass
@@ -113,16 +114,16 @@ def pairs_of(examples, seed):
 def summed_bce(model, examples, count, tokens, token_loss):
     """BCE at each example's last token, divided by the batch's `count` of examples; plus
     `token_loss` times the BCE before each response token, divided by the batch's `tokens`."""
-    packed = pack([e.ids for e in examples], model.score.weight.device)
     # From the prompt's last token on: these are the value model's states.
     counts = [len(e.ids) - e.prompt_length + 1 if token_loss else 1 for e in examples]
-    labels, loss_weights = [], []
-    for e, n in zip(examples, counts):
-        labels += [float(e.label)] * n
-        loss_weights += [token_loss / max(tokens, 1)] * (n - 1) + [1 / count]
-    scores = model(packed).index_select(0, packed.tail(counts))                # (sum of counts,)
-    return bce_loss(scores, torch.tensor(labels).to(scores.device),
-                    torch.tensor(loss_weights).to(scores.device))
+    labels = [int(e.label) for e, n in zip(examples, counts) for _ in range(n)]
+    ends = [end - 1 for end in itertools.accumulate(counts)]
+    packed = pack([e.ids for e in examples], model.score.weight.device, counts=counts,
+                  more=(labels, ends))
+    labels, ends = packed.more
+    scores = model(packed).index_select(0, packed.last)                        # (sum of counts,)
+    loss_weights = torch.full_like(scores, token_loss / max(tokens, 1))
+    return bce_loss(scores, labels.float(), loss_weights.index_fill(0, ends, 1 / count))
 
 
 def gradients(micro_batch, config, model, optimizers, batch):

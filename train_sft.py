@@ -22,8 +22,7 @@ from pathlib import Path
 import torch
 
 from data import hub, prompts_of, ready, task_of, teacher
-from nanodistill import files, lora, optim, process, run, settings, weights
-from nanodistill.batches import pack
+from nanodistill import files, lora, optim, process, responses, run, settings, weights
 from nanodistill.losses import linear_cross_entropy
 from nanodistill.model import CausalLM
 from nanodistill.settings import Common, flag
@@ -76,11 +75,11 @@ def summed_loss(model, rows, denominator):
 
     rows: [(prompt ids, response ids)].
     """
-    packed = pack([(prompt + response)[:-1] for prompt, response in rows], model.head.device)
-    counts = [len(response) for _, response in rows]
-    hidden = model.model(packed).index_select(0, packed.tail(counts))          # (sum of counts, D)
-    targets = torch.tensor([token for _, response in rows for token in response]).to(hidden.device)
-    return linear_cross_entropy(hidden, model.head, targets, denominator, ignore_index=None)
+    batch = responses.batch([prompt + response for prompt, response in rows],
+                            [len(response) for _, response in rows], range(len(rows)),
+                            model.head.device)
+    hidden = responses.before_each(model.model, batch)               # (response tokens, D)
+    return linear_cross_entropy(hidden, model.head, batch.targets, denominator, ignore_index=None)
 
 
 def gradients(micro_batch, model, optimizer, rows):
@@ -99,9 +98,9 @@ def held_out_loss(micro_batch, model, rows):
     """Mean loss of the response tokens; nan where nothing is held out of a small run."""
     tokens = sum(len(response) for _, response in rows)
     rows = sorted(rows, key=lambda row: len(row[0]) + len(row[1]))
-    parts = [summed_loss(model, rows[i:i + micro_batch], tokens).item()
+    parts = [summed_loss(model, rows[i:i + micro_batch], tokens)
              for i in range(0, len(rows), micro_batch)]
-    return sum(parts) if parts else float("nan")
+    return sum(torch.stack(parts).tolist()) if parts else float("nan")
 
 
 def train(config, folder, source, device, dtype):

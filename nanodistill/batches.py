@@ -24,6 +24,8 @@ class Packed:
     cells: torch.Tensor                    # (N,) of each token in the (B, T) grid, flattened
     lengths: list                          # B numbers
     cache: "KVCache" = None                # of B rows and T positions, which attention fills
+    last: torch.Tensor = None              # indices into N of the last tokens of each sequence
+    more: tuple = ()                       # what else `pack` was given, on the same device
 
     def attend(self, layer, q, k, v):
         """q (N, H, head_dim), k and v (N, K, head_dim) -> (N, H * head_dim)."""
@@ -47,16 +49,38 @@ class Packed:
         return torch.cat(tails).to(self.ids.device)
 
 
-def pack(rows, device="cpu", cache=None):
+def on_device(device, *lists):
+    """Lists or tensors of numbers of one dtype -> a tensor of each, in one copy, for which the host
+    does not wait on CUDA."""
+    whole = torch.cat([torch.as_tensor(x) for x in lists])
+    cuda = torch.device(device).type == "cuda"
+    if cuda:
+        # From other memory even such a copy may wait.
+        whole = whole.pin_memory()
+    return whole.to(device, non_blocking=cuda).split([len(x) for x in lists])
+
+
+def ranges(starts, counts):
+    """counts[b] numbers from starts[b] on, for each b, end to end."""
+    return torch.cat([torch.arange(start, start + n) for start, n in zip(starts, counts)])
+
+
+def pack(rows, device="cpu", cache=None, counts=None, more=()):
     """Lists of token ids, none empty -> Packed.
 
     All counting is done on the host: the device is never asked for a number.
+
+    Args:
+        counts: B numbers: how many of each row's last tokens `last` names; None: one of each.
+        more: lists of whole numbers that share the copy to the device.
     """
     lengths = [len(row) for row in rows]
-    positions = torch.cat([torch.arange(n) for n in lengths])
-    cells = torch.cat([b * max(lengths) + torch.arange(n) for b, n in enumerate(lengths)])
-    ids = torch.tensor([token for row in rows for token in row])
-    return Packed(ids.to(device), positions.to(device), cells.to(device), lengths, cache)
+    counts, T = counts or [1] * len(rows), max(lengths)
+    last = [end - n for end, n in zip(itertools.accumulate(lengths), counts)]
+    ids, positions, cells, last, *more = on_device(
+        device, [token for row in rows for token in row], ranges([0] * len(rows), lengths),
+        ranges(range(0, len(rows) * T, T), lengths), ranges(last, counts), *more)
+    return Packed(ids, positions, cells, lengths, cache, last, more)
 
 
 class KVCache:

@@ -1,28 +1,52 @@
 """What a model says of sampled responses: log-probabilities and values as (B, R) tensors; and which
 responses are taken together.
 
-`rows` are B lists of token ids, prompt + response, whose last `counts[b]` tokens are the response.
 A tensor (B, R) has a row per response and a column per response token. R is the longest response;
 shorter ones are padded on the right with zeros. Inside, sequences lie end to end (`pack`), so that
 only attention computes on padding.
 """
 
+from dataclasses import dataclass
+
 import torch
 
-from nanodistill.batches import pack
+from nanodistill.batches import Packed, on_device, pack, ranges
 from nanodistill.losses import linear_logprobs
 
 
-def mask(counts):
+@dataclass
+class Batch:
+    """Some responses as all models take them, M tokens in all. What lies on the device came there
+    in one copy."""
+    packed: Packed                         # without their last tokens, which predict nothing
+    targets: torch.Tensor                  # (M,) int64: the response tokens
+    cells: torch.Tensor                    # (M,) of each in the (B, R) grid, flattened
+    at: torch.Tensor                       # (B,) which responses these are
+    width: int                             # R
+
+    def grid(self, flat):
+        """flat (M,) -> (B, R): each response's numbers in its row, then zeros."""
+        zeros = flat.new_zeros(len(self.at) * self.width)
+        return zeros.index_copy(0, self.cells, flat).view(-1, self.width)
+
+
+def batch(rows, counts, at, device):
+    """The responses whose numbers are `at` -> Batch.
+
+    rows: lists of token ids, prompt + response. counts: how many of each row's last tokens are the
+    response. R is the longest of all.
+    """
+    R, rows, counts = max(counts), [rows[b] for b in at], [counts[b] for b in at]
+    targets = [token for row, n in zip(rows, counts) for token in row[-n:]]
+    cells = ranges(range(0, len(rows) * R, R), counts)
+    packed = pack([row[:-1] for row in rows], device, counts=counts, more=(targets, cells, at))
+    return Batch(packed, *packed.more, R)
+
+
+def mask(counts, device="cpu"):
     """(B, R) bool: True at the counts[b] tokens of each response."""
-    return torch.arange(max(counts)) < torch.tensor(counts)[:, None]
-
-
-def grid(flat, counts, width):
-    """flat (sum of counts,) -> (B, width): row b has its counts[b] numbers, then zeros."""
-    cells = torch.cat([torch.arange(n) + b * width for b, n in enumerate(counts)])
-    zeros = flat.new_zeros(len(counts) * width)
-    return zeros.index_copy(0, cells.to(flat.device), flat).view(-1, width)
+    lengths, = on_device(device, counts)
+    return torch.arange(max(counts), device=device) < lengths[:, None]
 
 
 def minibatches(count, size, epochs, rng):
@@ -42,26 +66,23 @@ def alike(indices, rows, size):
         yield ordered[start:start + size]
 
 
-def before_each(model, rows, counts):
+def before_each(model, batch):
     """What `model` gives at the positions that predict the response tokens, end to end."""
-    packed = pack([row[:-1] for row in rows], next(model.parameters()).device)
-    return model(packed).index_select(0, packed.tail(counts))
+    return model(batch.packed).index_select(0, batch.packed.last)
 
 
-def logprobs(model, rows, counts, width, temperature):
-    """Log-probability of each response token, and the entropy it was drawn with: (B, width) both.
+def logprobs(model, batch, temperature):
+    """Log-probability of each response token, and the entropy it was drawn with: (B, R) both.
 
     Args:
         model: a CausalLM. temperature: that of the sampling.
     """
-    hidden = before_each(model.model, rows, counts)                            # (sum of counts, D)
-    targets = [token for row, n in zip(rows, counts) for token in row[-n:]]
+    hidden = before_each(model.model, batch)                                   # (M, D)
     chosen, entropy = linear_logprobs(
-        hidden, model.head, torch.tensor(targets).to(hidden.device), temperature,
-        ignore_index=None)
-    return grid(chosen, counts, width), grid(entropy, counts, width)
+        hidden, model.head, batch.targets, temperature, ignore_index=None)
+    return batch.grid(chosen), batch.grid(entropy)
 
 
-def values(model, rows, counts, width, squash):
-    """What a ScalarModel expects before each response token, `squash`ed: (B, width)."""
-    return grid(squash(before_each(model, rows, counts)), counts, width)
+def values(model, batch, squash):
+    """What a ScalarModel expects before each response token, `squash`ed: (B, R)."""
+    return batch.grid(squash(before_each(model, batch)))

@@ -13,7 +13,7 @@ from nanodistill.batches import pack
 def score(model, rows):
     """Scores (B,) of token-id lists (prompt + response)."""
     packed = pack(rows, model.score.weight.device)
-    return model(packed).index_select(0, packed.tail([1] * len(rows)))
+    return model(packed).index_select(0, packed.last)
 
 
 @torch.no_grad()

@@ -132,7 +132,9 @@ class Metrics:
             self.append({"stage": stage, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
 
     def __call__(self, step, **values):
-        values = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+        tensors = {k: v for k, v in values.items() if isinstance(v, torch.Tensor)}
+        if tensors:
+            values |= zip(tensors, torch.stack([*tensors.values()]).tolist())
         self.append({"stage": self.stage, "step": step, **values})
         return values
 
@@ -157,24 +159,27 @@ def read_metrics(folder, stage):
 class Watch:
     """Stops a stage at the first number that is not finite: `watch(step, *tensors)`.
 
-    It looks at each step's numbers when the next step's come: one wait per step. `settle` looks at
-    the last ones, before anything is measured, and at all weights of the `models` to be saved.
+    It looks at all of a step's numbers when the next step's come: one wait per step. `settle` looks
+    at the last ones, before anything is measured, and at all weights of the `models` to be saved.
     """
 
     def __init__(self, stage):
-        self.stage, self.step, self.last = stage, 0, None
+        self.stage, self.step, self.values = stage, 0, []
 
     def __call__(self, step, *values):
-        self.settle()
-        self.step, self.last = step, torch.stack([v.detach().float() for v in values])
+        if step != self.step:
+            self.settle()
+        self.step = step
+        self.values += [v.detach().float() for v in values]
 
     def settle(self, *models):
-        good = self.last is None or self.last.isfinite().all()
-        step, self.last = self.step, None
-        if not (good and all(p.isfinite().all() for m in models for p in m.parameters())):
+        tensors = [torch.stack(self.values)] if self.values else []
+        tensors += [p for m in models for p in m.parameters()]
+        self.values = []
+        if tensors and not torch.stack([x.isfinite().all() for x in tensors]).all():
             raise FloatingPointError(
-                f"{self.stage}: nan or inf in step {step}'s loss, gradients or weights: stopped. "
-                f"Nothing of it was saved; a {self.stage}/resume.pt is of before it.\n"
+                f"{self.stage}: nan or inf in step {self.step}'s loss, gradients or weights: "
+                f"stopped. Nothing of it was saved; a {self.stage}/resume.pt is of before it.\n"
                 "Start again with a lower --learning-rate: in another --out, or without that file.")
 
 

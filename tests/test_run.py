@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanodistill import files, run
 from nanodistill.settings import flag
@@ -66,3 +67,37 @@ def test_held_out_questions_are_the_same_everywhere_and_about_the_share_asked():
     ids = [f"q{i}" for i in range(2000)]
     five, ten = ({i for i in ids if run.held_out(i, share)} for share in (0.05, 0.1))
     assert five < ten and 60 < len(five) < 140 and not any(run.held_out(i, 0.0) for i in ids)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the numbers that Python asks of tensors: on a GPU it waits for each."""
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_watch_waits_once_for_a_step_of_many_updates_and_once_for_all_weights():
+    watch, one, model = run.Watch("rl"), torch.tensor(1.0), torch.nn.Linear(2, 3)
+    with Waits() as waits:
+        for step in (0, 0, 0, 1, 1):
+            watch(step, one, one)
+        assert waits.count == 1
+        watch.settle(model, model)
+        assert waits.count == 2
+    watch(2, torch.tensor(float("nan")))
+    watch(2, one)                                            # of the same step: nothing waits yet
+    with pytest.raises(FloatingPointError, match="step 2"):
+        watch(3, one)
+    model.bias.data[1] = float("inf")
+    with pytest.raises(FloatingPointError):
+        watch.settle(model)
+
+
+def test_metrics_become_numbers_together(tmp_path):
+    with Waits() as waits:
+        values = run.Metrics(tmp_path, "rl")(4, a=torch.tensor(0.1), b=2, c=torch.tensor(-3.0))
+    assert waits.count == 0                                  # one list of them all, on any device
+    assert values == {"a": torch.tensor(0.1).item(), "b": 2, "c": -3.0}
+    assert list(values) == ["a", "b", "c"]

@@ -167,7 +167,7 @@ TABLE = [Mutation(*entry) for entry in [
     ("compiled-for-each-length", MODEL, "part, dynamic=True,", "part, dynamic=False,", "model"),
     ("compiled-passes-round-apart", MODEL, ', options={"emulate_precision_casts": True}', "",
      "model"),
-    ("sampling-is-compiled", MODEL, " and not torch.is_inference_mode_enabled()", "", "model"),
+    ("sampling-is-compiled", MODEL, " or torch.is_inference_mode_enabled()", "", "model"),
     ("gate-and-up-swapped", MODEL, "F.silu(gate) * up", "F.silu(up) * gate", "model"),
     ("packed-positions-run-on", BATCHES,
      "positions = torch.cat([torch.arange(n) for n in lengths])",

@@ -272,7 +272,9 @@ class Trunk(nn.Module):
         angles = self.angles[batch.positions].unsqueeze(-2)            # (..., 1, head_dim)
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
         x = self.embed_tokens(batch.ids).to(dtype)                     # (..., D)
-        compiled = self.compiled and not torch.is_inference_mode_enabled()
+        # In what is compiled as a whole, the parts are compiled with it.
+        compiled = self.compiled and not (
+            torch.compiler.is_compiling() or torch.is_inference_mode_enabled())
         for i, layer in enumerate(self.layers):
             how = cos, sin, batch, i, compiled
             if self.checkpoint and torch.is_grad_enabled():

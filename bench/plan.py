@@ -1,0 +1,177 @@
+"""Is the memory that fit.py plans what a stage takes of a CUDA device?
+
+    python bench/plan.py --sizes 135m 1b --ranks 0 32
+    python bench/plan.py --sizes 3b --stages sft rm --checkpoint
+
+Backs docs/log.md's tables of the planner. The peaks are the caching allocator's, of the stages' own
+functions on random weights: sequences of 256 + 512 tokens, an optimizer step over two passes, 64
+slots. Needs a card, or the stub of one that bench/gpu.py describes, whose memory is "emulated".
+"""
+
+import contextlib
+import ctypes
+import gc
+import os
+from unittest import mock
+
+import common
+import torch
+
+import train_rl
+import train_rm
+import train_sft
+from nanodistill import fit, generate, lora, optim, run, weights
+from nanodistill.model import CausalLM, ScalarModel, init_weights
+from nanodistill.presets import SIZES
+from nanodistill.reward import score_sequences
+
+
+STUB = ctypes.CDLL(os.environ["FAKE_CUDA"] + "/libcuda.so.1") if "FAKE_CUDA" in os.environ else None
+BF16 = torch.bfloat16
+# The stub has none.
+torch.backends.cuda.enable_cudnn_sdp(not STUB)
+
+
+@contextlib.contextmanager
+def ending(limit):
+    """On the stub no kernel says that a sequence has ended: after `limit` tokens we do."""
+    harvest = generate.Engine.harvest
+
+    def told(engine):
+        done = engine.slots.done
+        ctypes.memset(done.data_ptr(), engine.steps + 1 >= limit, len(done))
+        yield from harvest(engine)
+    with mock.patch.object(generate.Engine, "harvest", told) if STUB else contextlib.nullcontext():
+        yield
+
+
+def new(kind, shape, dtype=torch.float32):
+    torch.set_default_dtype(dtype)
+    with torch.device("cuda"):
+        model = init_weights(kind(shape))
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
+def trained(kind, shape, rank, checkpoint=False):
+    model = new(kind, shape, BF16 if rank else torch.float32)
+    model.model.dtype, model.model.checkpoint = BF16, checkpoint
+    return lora.adapt(model, rank) if rank else model
+
+
+def adamw(model):
+    return torch.optim.AdamW(lora.trained(model).values(), 1e-6, (0.9, 0.95), fused=True)
+
+
+def sample(model, prompts, response, slots=64, compile=None):
+    with ending(response):
+        for _ in generate.generate(model, prompts, eos_ids=[2], pad_id=0, max_new_tokens=response,
+                                   slots=slots, compile=compile):
+            pass
+
+
+def settle(*models):
+    # What the stub answers means nothing.
+    with contextlib.suppress(FloatingPointError) if STUB else contextlib.nullcontext():
+        run.Watch("saving").settle(*models)
+
+
+def stage(name, shape, rank, size, prompt, response, checkpoint=False, slots=64):
+    """{phase: function} of a stage whose models are made here, with passes of `size` sequences and
+    two passes an optimizer step; PPO's sampling, and the reward model's, is of `slots`."""
+    torch.manual_seed(0)
+    ids = torch.randint(3, shape.vocab_size, (2 * size, prompt + response)).tolist()
+    prompts = [row[:prompt] for row in (ids * slots)[:slots]]
+    if name == "sft":
+        model = trained(CausalLM, shape, rank, checkpoint)
+        optimizers, rows = [adamw(model)], [(row[:prompt], row[prompt:]) for row in ids]
+        return {"pass": lambda: train_sft.gradients(size, model, optimizers[0], rows[:size]),
+                "step": lambda: (train_sft.gradients(size, model, optimizers[0], rows),
+                                 optim.clipped_step(model, optimizers, 1.0)),
+                "held out": lambda: train_sft.held_out_loss(size, model, rows),
+                "saving": lambda: settle(model)}
+    if name == "rm":
+        student = new(CausalLM, shape, BF16)
+        sample(student, prompts, response, slots, compile=False)
+        del student
+        model = trained(ScalarModel, shape, rank, checkpoint)
+        optimizers, config = [adamw(model)], train_rm.Config()
+        rows = [train_rm.Example("", prompt, row, True) for row in ids]
+        return {"pass": lambda: train_rm.gradients(size, config, model, optimizers, rows[:size]),
+                "step": lambda: (train_rm.gradients(size, config, model, optimizers, rows),
+                                 optim.clipped_step(model, optimizers, 1.0)),
+                "held out": lambda: score_sequences(model, ids, size),
+                "saving": lambda: settle(model)}
+    reference = new(CausalLM, shape, BF16).requires_grad_(False)
+    if rank:
+        policy = lora.adapt(lora.share(reference), rank)
+        reward_model, value_model = (
+            lora.adapt(weights.stand_on(reference, ScalarModel), rank) for _ in range(2))
+    else:
+        reward_model = new(ScalarModel, shape, BF16)
+        policy, value_model = (trained(kind, shape, 0) for kind in (CausalLM, ScalarModel))
+    reward_model.requires_grad_(False)
+    policy.model.checkpoint = value_model.model.checkpoint = checkpoint
+    models = policy, reference, reward_model, value_model
+    optimizers, config = [adamw(policy), adamw(value_model)], train_rl.Config(score="logit")
+    counts, grid = [response] * len(ids), torch.zeros(len(ids), response, device="cuda")
+    experience = train_rl.Experience(ids, counts, grid == 0, grid, grid, grid, grid)
+
+    def gradients(count):
+        return train_rl.gradients(size, config, models, optimizers, range(count), experience)
+    return {"sampling": lambda: sample(policy, prompts, response, slots, compile=False),
+            "describing": lambda: train_rl.describe(size, config, models, ids, counts, ids),
+            "pass": lambda: gradients(size),
+            "step": lambda: (gradients(len(ids)), [optim.clipped_step(m, [o], 1.0) for m, o in zip(
+                (policy, value_model), optimizers)]),
+            "saving": lambda: settle(policy, value_model)}
+
+
+def arguments(parser):
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("PyTorch finds no CUDA device")
+    torch.set_num_threads(args.threads)
+    return args
+
+
+def main():
+    parser = common.flags(__doc__)
+    parser.add_argument("--sizes", nargs="+", default=["135m", "1b"], help="presets")
+    parser.add_argument("--stages", nargs="+", choices=fit.LEARN, default=fit.LEARN)
+    parser.add_argument("--ranks", nargs="+", type=int, default=[0, 32], help="0: without LoRA")
+    parser.add_argument("--micro-batch", type=int, default=8, help="sequences of a pass")
+    parser.add_argument("--checkpoint", action="store_true", help="activation checkpointing")
+    args = arguments(parser)
+    print("| | planned, GB | taken | ratio | most in |", "|---|---|---|---|---|", sep="\n")
+    for size, name, rank in [(s, n, r) for s in args.sizes for n in args.stages
+                             for r in args.ranks]:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        planned = fit.plan(name, SIZES[size].shape, BF16, batch=64, micro_batch=args.micro_batch,
+                           slots=64, prompt=256, response=512, checkpoint=args.checkpoint,
+                           rank=rank)["peak"]
+        what = f"{size} {name}, {args.micro_batch}" + f", LoRA {rank}" * bool(rank) \
+            + ", checkpointing" * args.checkpoint
+        try:
+            works = stage(name, SIZES[size].shape, rank, args.micro_batch, 256, 512,
+                          args.checkpoint)
+            peaks = {"making": torch.cuda.max_memory_allocated()}
+            # The optimizer's state is there from the second step on.
+            for phase in ["step", *works]:
+                torch.cuda.reset_peak_memory_stats()
+                works[phase]()
+                peaks[phase] = torch.cuda.max_memory_allocated()
+            most = max(peaks, key=peaks.get)
+            print(f"| {what} | {planned / 1e9:.2f} | {peaks[most] / 1e9:.2f} | "
+                  f"{planned / peaks[most]:.3f} | {most} |", flush=True)
+        except torch.OutOfMemoryError:
+            print(f"| {what} | {planned / 1e9:.2f} | more than there is | | |", flush=True)
+        # Before the next one's models are made.
+        works = None
+
+
+
+if __name__ == "__main__":
+    main()

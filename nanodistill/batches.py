@@ -18,7 +18,10 @@ from nanodistill.model import causal_attention, grouped_attention
 
 @dataclass
 class Packed:
-    """Sequences of unequal length laid end to end, N tokens in all: only attention sees padding."""
+    """Sequences of unequal length laid end to end, N tokens in all.
+
+    Only attention sees padding, and flash attention, where `ends` says that it runs, none either.
+    """
     ids: torch.Tensor                      # (N,) int64
     positions: torch.Tensor                # (N,) of each token within its own sequence
     cells: torch.Tensor                    # (N,) of each token in the (B, T) grid, flattened
@@ -26,27 +29,28 @@ class Packed:
     cache: "KVCache" = None                # of B rows and T positions, which attention fills
     last: torch.Tensor = None              # indices into N of the last tokens of each sequence
     more: tuple = ()                       # what else `pack` was given, on the same device
+    ends: torch.Tensor = None              # (B + 1,) int32: 0 and each sequence's end, for flash
 
     def attend(self, layer, q, k, v):
         """q (N, H, head_dim), k and v (N, K, head_dim) -> (N, H * head_dim)."""
-        q, k, v = self.grid(q), self.grid(k), self.grid(v)             # (B, T, heads, head_dim)
         if self.cache is not None:
-            self.cache.k[layer].copy_(k.permute(0, 2, 3, 1))
-            self.cache.v[layer].copy_(v.transpose(1, 2))
+            self.cache.k[layer].copy_(self.grid(k).permute(0, 2, 3, 1))
+            self.cache.v[layer].copy_(self.grid(v).transpose(1, 2))
+        if self.ends is not None and q.dtype == torch.bfloat16 and q.shape[-1] % 8 == 0:
+            # What torch.nn.attention.varlen calls, in a third of its time on the host.
+            T = max(self.lengths)
+            out, *_ = torch.ops.aten._flash_attention_forward(
+                q, k, v, self.ends, self.ends, T, T, 0.0, True, False)
+            return out.flatten(1)
         attention = cpu.causal_attention if cpu.helps(q) else causal_attention
-        return attention(q, k, v).flatten(0, 1).index_select(0, self.cells)
+        grids = self.grid(q), self.grid(k), self.grid(v)               # (B, T, heads, head_dim)
+        return attention(*grids).flatten(0, 1).index_select(0, self.cells)
 
     def grid(self, x):
         """x (N, ...) -> (B, T, ...), zeros in the padding."""
         B, T = len(self.lengths), max(self.lengths)
         zeros = x.new_zeros(B * T, *x.shape[1:])
         return zeros.index_copy(0, self.cells, x).unflatten(0, (B, T))
-
-    def tail(self, counts):
-        """Indices (sum of counts,) into N of the last `counts[b]` tokens of each sequence b."""
-        ends = itertools.accumulate(self.lengths)
-        tails = [torch.arange(end - count, end) for end, count in zip(ends, counts)]
-        return torch.cat(tails).to(self.ids.device)
 
 
 def on_device(device, *lists):
@@ -77,10 +81,12 @@ def pack(rows, device="cpu", cache=None, counts=None, more=()):
     lengths = [len(row) for row in rows]
     counts, T = counts or [1] * len(rows), max(lengths)
     last = [end - n for end, n in zip(itertools.accumulate(lengths), counts)]
-    ids, positions, cells, last, *more = on_device(
+    ids, positions, cells, last, ends, *more = on_device(
         device, [token for row in rows for token in row], ranges([0] * len(rows), lengths),
-        ranges(range(0, len(rows) * T, T), lengths), ranges(last, counts), *more)
-    return Packed(ids, positions, cells, lengths, cache, last, more)
+        ranges(range(0, len(rows) * T, T), lengths), ranges(last, counts),
+        [0, *itertools.accumulate(lengths)], *more)
+    flash = ids.is_cuda and torch.cuda.get_device_capability(device) >= (8, 0)
+    return Packed(ids, positions, cells, lengths, cache, last, more, ends.int() if flash else None)
 
 
 class KVCache:

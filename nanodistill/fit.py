@@ -58,12 +58,11 @@ class On(TorchFunctionMode):
             # CUDA has one kernel for it, which keeps for backward what layer_norm's does.
             return F.layer_norm(*args, kwargs["weight"], None, kwargs["eps"])
         if function is F.scaled_dot_product_attention and self.device != "mps":
-            # Flash attention keeps no (T, T) weights. CUDA has none for fp32 and grouped queries.
-            (q, k, _), flash = args, "_scaled_dot_product_flash_attention"
+            # Flash attention keeps no (T, T) weights.
+            flash = "_scaled_dot_product_flash_attention"
             if self.device == "cpu":
                 return getattr(torch.ops.aten, flash + "_for_cpu")(*args, 0.0, True)[0]
-            if q.dtype == torch.bfloat16 or q.shape[1] == k.shape[1]:
-                return getattr(torch.ops.aten, flash)(*args, 0.0, True)[0]
+            return getattr(torch.ops.aten, flash)(*args, 0.0, True)[0]
         return function(*args, **kwargs)
 
     def around(self, function):
@@ -116,12 +115,14 @@ def most(peaks, config, *args):
     return max(two[p] + (three[p] - two[p]) * (config.num_hidden_layers - 2) for p in two)
 
 
-def on_meta(kind, shape, sequences, length):
-    """A model of this shape, and packed sequences of `length` tokens."""
+def on_meta(kind, shape, sequences, length, device):
+    """A model of this shape, and packed sequences of `length` tokens, as `device` is given them."""
     with torch.device("meta"):
         positions = torch.arange(length).repeat(sequences)
         cells = torch.arange(sequences * length)
         packed = Packed(cells, positions, cells, [length] * sequences)
+        if device == "cuda":
+            packed.ends = torch.zeros(sequences + 1, dtype=torch.int32)
         return kind(Config(*shape)), packed
 
 
@@ -136,7 +137,7 @@ def pass_peaks(shape, head, dtype, sequences, length, seen, checkpoint, again, r
         rank: of the adapters; 0: all weights are trained.
     """
     kind = ScalarModel if head in ("scalar", "scores") else CausalLM
-    model, packed = on_meta(kind, shape, sequences, length)
+    model, packed = on_meta(kind, shape, sequences, length, device)
     model.to(dtype if head == "scores" or rank else torch.float32)
     if rank:
         lora.adapt(model, rank)
@@ -153,7 +154,7 @@ def pass_peaks(shape, head, dtype, sequences, length, seen, checkpoint, again, r
         hidden = model.model(packed)
         if head != "scores":
             hidden.register_hook(lambda _: memory.start("layers"))
-        hidden = hidden.index_select(0, packed.tail([seen] * sequences))
+        hidden = hidden.index_select(0, packed.ids.new_zeros(sequences * seen))
         targets = packed.ids.new_zeros(len(hidden))
         if kind is ScalarModel:
             loss = model.score(hidden).float().sum()
@@ -171,14 +172,15 @@ def pass_peaks(shape, head, dtype, sequences, length, seen, checkpoint, again, r
 def sampling_peaks(shape, dtype, slots, prompt, response, rank, device):
     """{phase: bytes} beyond the weights of `generate`: KV cache, state, prefill, decode step."""
     prompts = min(slots, max(generate.PREFILL[device] // prompt, 1))
-    model, packed = on_meta(CausalLM, shape, prompts, prompt)
+    model, packed = on_meta(CausalLM, shape, prompts, prompt, device)
     model = model.to(dtype).requires_grad_(False)
     if rank:
         lora.adapt(model, rank)
     with On(device), Peak(model) as memory, torch.inference_mode(), torch.device("meta"):
         rows, u = torch.zeros(slots, dtype=torch.long), torch.zeros(slots)
         state = generate.Slots.empty(slots, response, 0, "meta")
-        cache = KVCache(model.config, slots, prompt + response, "meta", dtype)
+        positions = generate.round_up(prompt + response, generate.STRIDE[device])
+        cache = KVCache(model.config, slots, positions, "meta", dtype)
         fresh = packed.cache = KVCache(model.config, prompts, prompt, "meta", dtype)
         memory.start("prefill")
         logits = model.lm_head(model.model(packed)[:prompts])
@@ -261,7 +263,8 @@ def plan(stage, shape, dtype, *, batch, micro_batch, slots, prompt, response, ch
         parts["sampler's weights"] = size * (causal * (stage == "rm" or stage == "rl" and bf16
                                                        and not rank)
                                              + (causal - embedding) * (cpu and bf16))
-        cache = KVCache(shape, slots, length, "meta", dtype)
+        positions = generate.round_up(length, generate.STRIDE[device])
+        cache = KVCache(shape, slots, positions, "meta", dtype)
         parts["KV cache"] = sum(x.nbytes for x in cache.k + cache.v)
         parts["sampling"] = CUBLAS * cuda - parts["KV cache"] + most(
             sampling_peaks, shape, dtype, slots, prompt, response, rank * (stage == "rl"), device)

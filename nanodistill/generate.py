@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from nanodistill import cpu, lora
-from nanodistill.batches import KVCache, NewTokens, pack
+from nanodistill.batches import KVCache, NewTokens, on_device, pack
 from nanodistill.model import CausalLM
 from nanodistill.sampling import choose, stream_of, uniform
 
@@ -172,7 +172,7 @@ class Engine:
         ended = [b for b, job in enumerate(self.owner) if job is not None and done[b]]
         if not ended:
             return
-        rows = torch.tensor(ended, device=self.device)
+        rows, = on_device(self.device, ended)
         stopped = torch.isin(self.slots.last[rows], self.eos).tolist()
         counts, tokens = self.slots.count[rows].tolist(), self.slots.tokens[rows].tolist()
         logprobs = self.slots.logprobs[rows].tolist()
@@ -210,15 +210,15 @@ class Engine:
         first = next(iter(prompts))
         fresh, logits = self.held[first] if first in self.held else self.prefill(prompts)
 
-        def on_device(numbers):
-            return torch.tensor(numbers, device=self.device)
         place = {index: k for k, index in enumerate(prompts)}
-        source, rows = on_device([place[job.index] for job in jobs]), on_device(rows)  # (jobs,)
+        source, rows, streams, positions = on_device(
+            self.device, [place[job.index] for job in jobs], rows, [job.stream for job in jobs],
+            [len(job.prompt) - 1 for job in jobs])                     # (jobs,) each
+        temperatures, = on_device(self.device, [job.temperature for job in jobs])
         self.cache.copy_rows(fresh, source, rows)
         slots = self.slots
-        slots.temperature[rows] = on_device([job.temperature for job in jobs])
-        slots.stream[rows] = on_device([job.stream for job in jobs])
-        slots.position[rows] = on_device([len(job.prompt) - 1 for job in jobs])
+        slots.temperature[rows] = temperatures
+        slots.stream[rows], slots.position[rows] = streams, positions
         slots.count[rows], slots.done[rows] = 0, False
         drawn = choose(logits[source], slots.temperature[rows],
                        uniform(slots.stream[rows], slots.count[rows]), self.any_greedy)
@@ -229,16 +229,14 @@ class Engine:
 
         The last prompt's are held where the queue has more samples of it.
         """
-        lengths = torch.tensor([len(prompt) for prompt in prompts.values()])
-        fresh = self.new_cache(len(prompts), int(lengths.max()))
-        hidden = self.model.model(pack(list(prompts.values()), self.device, fresh))    # (N, D)
-        ends = (lengths.cumsum(0) - 1).to(self.device)
-        logits = self.model.lm_head(hidden[ends])                      # (prompts, V)
+        fresh = self.new_cache(len(prompts), max(map(len, prompts.values())))
+        packed = pack(list(prompts.values()), self.device, fresh)
+        hidden = self.model.model(packed)                              # (N, D)
+        logits = self.model.lm_head(hidden[packed.last])               # (prompts, V)
         self.held, last = {}, list(prompts)[-1]
         if self.queue and self.queue[0].index == last:
             row = self.new_cache(1, fresh.length)
-            one, zero = (torch.tensor([k], device=self.device) for k in (len(prompts) - 1, 0))
-            row.copy_rows(fresh, one, zero)
+            row.copy_rows(fresh, slice(-1, None), slice(0, 1))
             self.held[last] = row, logits[-1:].clone()
         return fresh, logits
 
@@ -255,11 +253,11 @@ class Engine:
         target = [b for b in free if b < B]
         for to, b in zip(target, source):
             self.owner[to], self.offset[to] = self.owner[b], self.offset[b]
-        source, target = (torch.tensor(x, dtype=torch.long, device=self.device)
-                          for x in (source, target))
-        self.cache.copy_rows(self.cache, source, target)
-        for x in vars(self.slots).values():
-            x[target] = x[source]
+        if source:
+            source, target = on_device(self.device, source, target)
+            self.cache.copy_rows(self.cache, source, target)
+            for x in vars(self.slots).values():
+                x[target] = x[source]
         self.slots = Slots(*(x[:B] for x in vars(self.slots).values()))
         self.cache = self.cache.view(B, self.cache.length)
         self.owner, self.offset = self.owner[:B], self.offset[:B]

@@ -40,8 +40,8 @@ class LoRALinear(nn.Linear):
         rows = x.reshape(-1, self.in_features)
         y = F.linear(rows, self.weight.to(x.dtype), bias)              # (rows, out)
         low = F.linear(rows, self.lora_A.weight.to(x.dtype))           # (rows, rank)
-        # One kernel, and one rounding: y is read and written once.
-        y = torch.addmm(y, low, self.lora_B.weight.to(x.dtype).T, alpha=self.scale)
+        # One kernel and one rounding; y is read and written once.
+        y.addmm_(low, self.lora_B.weight.to(x.dtype).T, alpha=self.scale)
         return y.view(*x.shape[:-1], self.out_features)
 
     def merged(self):

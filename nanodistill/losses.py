@@ -271,7 +271,10 @@ def _prepare(hidden, weight, denominator, temperature=1.0):
     """-> the weight in the dtype of hidden; whether hidden and weight need gradients;
     1 / denominator and 1 / temperature as scalar tensors."""
     def inverse(x):
-        return 1 / torch.as_tensor(x, dtype=torch.float32, device=hidden.device)
+        if not isinstance(x, torch.Tensor):
+            # On CUDA `as_tensor` would wait for the device.
+            x = torch.full((), x, dtype=torch.float32, device=hidden.device)
+        return 1 / x.to(hidden.device, torch.float32)
     enabled = torch.is_grad_enabled()
     needs = enabled and hidden.requires_grad, enabled and weight.requires_grad
     return weight.detach().to(hidden.dtype), needs, inverse(denominator), inverse(temperature)

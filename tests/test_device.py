@@ -76,18 +76,18 @@ def test_a_ppo_update_stays_on_the_device(fake):
     rows, counts = [[1, 2, 3, 4, 5], [6, 7, 8], [9, 10, 11, 12]], [2, 1, 3]
     # The host counts before anything goes to the device.
     with unset_fake_temporarily():
-        packed = pack([row[:-1] for row in rows])
-        at = packed.tail(counts)
-    tensors = {name: getattr(packed, name).to(DEVICE) for name in ("ids", "positions", "cells")}
-    packed, at = replace(packed, **tensors), at.to(DEVICE)
+        packed = pack([row[:-1] for row in rows], counts=counts)
+    tensors = {name: getattr(packed, name).to(DEVICE)
+               for name in ("ids", "positions", "cells", "last")}
+    packed = replace(packed, **tensors)
     old, advantages, returns = (torch.zeros(6, device=DEVICE) for _ in range(3))
     every = torch.ones(6, dtype=torch.bool, device=DEVICE)
     targets = torch.zeros(6, dtype=torch.long, device=DEVICE)
-    hidden = policy.model(packed).index_select(0, at)
+    hidden = policy.model(packed).index_select(0, packed.last)
     logprobs, _ = linear_logprobs(hidden, policy.head, targets)
     loss, _ = ppo.policy_loss(logprobs, old, advantages, every, denominator=6)
     loss.backward()
-    values = value_model(packed).index_select(0, at)
+    values = value_model(packed).index_select(0, packed.last)
     ppo.value_loss(values, old, returns, every, denominator=6).backward()
     torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
     optimizer.step()

@@ -1,16 +1,17 @@
 """Is the memory that fit.py plans what a stage takes of a CUDA device?
 
-    python bench/plan.py --sizes 135m 1b --ranks 0 32
-    python bench/plan.py --sizes 3b --stages sft rm --checkpoint
+    python bench/plan.py                                    135m and 1b, each with and without LoRA
+    python bench/plan.py --sizes 3b --stages sft rm --micro-batch 8 --gb 141
 
 Backs docs/log.md's tables of the planner. The peaks are the caching allocator's, of the stages' own
-functions on random weights: sequences of 256 + 512 tokens, an optimizer step over two passes, 64
-slots. Needs a card, or the stub of one that bench/gpu.py describes, whose memory is "emulated".
+functions on random weights: sequences of 256 + 512 tokens, batches of 64. Needs a card, or the stub
+of one that bench/gpu.py describes, whose memory is "emulated".
 """
 
 import contextlib
 import ctypes
 import gc
+import itertools
 import os
 from unittest import mock
 
@@ -27,7 +28,7 @@ from nanodistill.reward import score_sequences
 
 
 STUB = ctypes.CDLL(os.environ["FAKE_CUDA"] + "/libcuda.so.1") if "FAKE_CUDA" in os.environ else None
-BF16 = torch.bfloat16
+BF16, BATCH, LENGTHS = torch.bfloat16, 64, dict(prompt=256, response=512)
 # The stub has none.
 torch.backends.cuda.enable_cudnn_sdp(not STUB)
 
@@ -78,9 +79,10 @@ def settle(*models):
 
 def stage(name, shape, rank, size, prompt, response, checkpoint=False, slots=64):
     """{phase: function} of a stage whose models are made here, with passes of `size` sequences and
-    two passes an optimizer step; PPO's sampling, and the reward model's, is of `slots`."""
+    two passes an optimizer step, or one of the whole BATCH; sampling is of `slots`."""
     torch.manual_seed(0)
-    ids = torch.randint(3, shape.vocab_size, (2 * size, prompt + response)).tolist()
+    many = min(2 * size, BATCH)
+    ids = torch.randint(3, shape.vocab_size, (many, prompt + response)).tolist()
     prompts = [row[:prompt] for row in (ids * slots)[:slots]]
     if name == "sft":
         model = trained(CausalLM, shape, rank, checkpoint)
@@ -135,42 +137,47 @@ def arguments(parser):
     return args
 
 
+def measure(name, shape, rank, choice):
+    """{phase: bytes at most} of a stage on the card."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    works = stage(name, shape, rank, choice.micro_batch, **LENGTHS, checkpoint=choice.checkpoint,
+                  slots=choice.slots)
+    peaks = {"making": torch.cuda.max_memory_allocated()}
+    # The optimizer's state is there from the second step on.
+    for phase in ["step", *works]:
+        torch.cuda.reset_peak_memory_stats()
+        works[phase]()
+        peaks[phase] = torch.cuda.max_memory_allocated()
+    return peaks
+
+
 def main():
     parser = common.flags(__doc__)
     parser.add_argument("--sizes", nargs="+", default=["135m", "1b"], help="presets")
     parser.add_argument("--stages", nargs="+", choices=fit.LEARN, default=fit.LEARN)
     parser.add_argument("--ranks", nargs="+", type=int, default=[0, 32], help="0: without LoRA")
-    parser.add_argument("--micro-batch", type=int, default=8, help="sequences of a pass")
-    parser.add_argument("--checkpoint", action="store_true", help="activation checkpointing")
+    parser.add_argument("--micro-batch", type=int, default=0, help="0: what fits --gb")
+    parser.add_argument("--slots", type=int, default=64, help="0: what fits --gb")
+    parser.add_argument("--checkpoint", action="store_true", default=None,
+                        help="activation checkpointing; not given: where it must be")
+    parser.add_argument("--gb", type=int, default=80, help="of the card that is planned for")
     args = arguments(parser)
     print("| | planned, GB | taken | ratio | most in |", "|---|---|---|---|---|", sep="\n")
-    for size, name, rank in [(s, n, r) for s in args.sizes for n in args.stages
-                             for r in args.ranks]:
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        planned = fit.plan(name, SIZES[size].shape, BF16, batch=64, micro_batch=args.micro_batch,
-                           slots=64, prompt=256, response=512, checkpoint=args.checkpoint,
-                           rank=rank)["peak"]
-        what = f"{size} {name}, {args.micro_batch}" + f", LoRA {rank}" * bool(rank) \
-            + ", checkpointing" * args.checkpoint
+    for size, name, rank in itertools.product(args.sizes, args.stages, args.ranks):
+        what, shape = f"{size} {name}" + f", LoRA {rank}" * (rank > 0), SIZES[size].shape
         try:
-            works = stage(name, SIZES[size].shape, rank, args.micro_batch, 256, 512,
-                          args.checkpoint)
-            peaks = {"making": torch.cuda.max_memory_allocated()}
-            # The optimizer's state is there from the second step on.
-            for phase in ["step", *works]:
-                torch.cuda.reset_peak_memory_stats()
-                works[phase]()
-                peaks[phase] = torch.cuda.max_memory_allocated()
+            choice = fit.choose(name, shape, BF16, int(args.gb * fit.USED), batch=BATCH, **LENGTHS,
+                                jobs=256, slots=args.slots, micro_batch=args.micro_batch,
+                                checkpoint=args.checkpoint, rank=rank)
+            peaks = measure(name, shape, rank, choice)
             most = max(peaks, key=peaks.get)
-            print(f"| {what} | {planned / 1e9:.2f} | {peaks[most] / 1e9:.2f} | "
-                  f"{planned / peaks[most]:.3f} | {most} |", flush=True)
-        except torch.OutOfMemoryError:
-            print(f"| {what} | {planned / 1e9:.2f} | more than there is | | |", flush=True)
-        # Before the next one's models are made.
-        works = None
-
+            how = fit.flags(name, choice.micro_batch, choice.checkpoint, choice.slots)
+            print(f"| {what} {how} | {choice.peak / 1e9:.2f} | {peaks[most] / 1e9:.2f} | "
+                  f"{choice.peak / peaks[most]:.3f} | {most} |", flush=True)
+        except (ValueError, torch.OutOfMemoryError) as error:
+            print(f"| {what} | {str(error).splitlines()[0]} | | | |", flush=True)
 
 
 if __name__ == "__main__":

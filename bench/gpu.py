@@ -19,6 +19,8 @@ import warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import common
 import ppo
@@ -27,7 +29,7 @@ from plan import BF16, STUB, arguments, new, sample, stage
 
 import train_rl
 from data import TASKS, ready
-from nanodistill import fit, losses, run, settings
+from nanodistill import fit, generate, losses, run, settings
 from nanodistill.model import CausalLM
 from nanodistill.presets import SIZES
 
@@ -124,11 +126,15 @@ def ppo_steps(folder, steps):
 
 def whole_step():
     """Count two PPO steps less one. On the stub the CPU computes the values, by the emulator that
-    lies beside it, and decoding is eager."""
+    lies beside it; a CUDA graph, which has none, runs its step, and attention is as before
+    flash."""
     modes = [contextlib.nullcontext]
     if STUB:
         from emulate import Emulate
-        modes = [lambda: torch.compiler.set_stance("force_eager"), Emulate]
+        modes = [lambda: torch.compiler.set_stance("force_eager"), Emulate,
+                 lambda: mock.patch.object(torch.cuda, "get_device_capability", lambda _: (7, 5)),
+                 lambda: mock.patch.object(generate, "recorded",
+                                           lambda step: SimpleNamespace(replay=step))]
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         folder = Path(scratch)
         ppo.prepare(folder, TASKS["arithmetic"](0))
@@ -153,10 +159,10 @@ def table(layers):
         print(f"{name}: waits at {', '.join(lines) or 'no line'}", flush=True)
 
     def sampled(model, tokens, how):
-        sample(model, [[1] * 32] * 8, tokens, 8, how == "compiled")
+        sample(model, [[1] * 32] * 8, tokens, 8, how == "CUDA graphs")
 
     model = new(CausalLM, shape, BF16).requires_grad_(False)
-    for how in ("eager", "compiled"):
+    for how in ("eager", "CUDA graphs"):
         sampled(model, 41, how)
         few, _ = counted(sampled, model, 33, how)
         many, peak = counted(sampled, model, 41, how)

@@ -64,10 +64,10 @@ def adamw(model):
     return torch.optim.AdamW(lora.trained(model).values(), 1e-6, (0.9, 0.95), fused=True)
 
 
-def sample(model, prompts, response, slots=64, compile=None):
+def sample(model, prompts, response, slots=64, graphs=None):
     with ending(response):
         for _ in generate.generate(model, prompts, eos_ids=[2], pad_id=0, max_new_tokens=response,
-                                   slots=slots, compile=compile):
+                                   slots=slots, graphs=graphs):
             pass
 
 
@@ -94,7 +94,7 @@ def stage(name, shape, rank, size, prompt, response, checkpoint=False, slots=64)
                 "saving": lambda: settle(model)}
     if name == "rm":
         student = new(CausalLM, shape, BF16)
-        sample(student, prompts, response, slots, compile=False)
+        sample(student, prompts, response, slots, graphs=False)
         del student
         model = trained(ScalarModel, shape, rank, checkpoint)
         optimizers, config = [adamw(model)], train_rm.Config()
@@ -121,7 +121,7 @@ def stage(name, shape, rank, size, prompt, response, checkpoint=False, slots=64)
 
     def gradients(count):
         return train_rl.gradients(size, config, models, optimizers, range(count), experience)
-    return {"sampling": lambda: sample(policy, prompts, response, slots, compile=False),
+    return {"sampling": lambda: sample(policy, prompts, response, slots, graphs=False),
             "describing": lambda: train_rl.describe(size, config, models, ids, counts, ids),
             "pass": lambda: gradients(size),
             "step": lambda: (gradients(len(ids)), [optim.clipped_step(m, [o], 1.0) for m, o in zip(

@@ -177,7 +177,7 @@ class Engine:
         counts, tokens = self.slots.count[rows].tolist(), self.slots.tokens[rows].tolist()
         logprobs = self.slots.logprobs[rows].tolist()
         # A free slot writes where nothing reads.
-        self.slots.position[rows] = 0
+        self.slots.position.index_fill_(0, rows, 0)
         for k, b in enumerate(ended):
             job, n, self.owner[b] = self.owner[b], counts[k], None
             if math.isnan(sum(logprobs[k][:n])):
@@ -219,7 +219,9 @@ class Engine:
         slots = self.slots
         slots.temperature[rows] = temperatures
         slots.stream[rows], slots.position[rows] = streams, positions
-        slots.count[rows], slots.done[rows] = 0, False
+        # Of a number that is put, a copy would be waited for.
+        slots.count.index_fill_(0, rows, 0)
+        slots.done.index_fill_(0, rows, False)
         drawn = choose(logits[source], slots.temperature[rows],
                        uniform(slots.stream[rows], slots.count[rows]), self.any_greedy)
         slots.record(rows, *drawn, self.eos)

@@ -55,6 +55,8 @@ def adapt(model, rank, alpha=ALPHA):
     What is trained then are the adapters and a ScalarModel's head, which becomes fp32.
     """
     model.requires_grad_(False)
+    # Compiled, the many small products of the adapters take longer (docs/log.md).
+    model.model.compiled = False
     for name, module in [*model.model.layers.named_modules()]:
         if isinstance(module, nn.Linear):
             parent, _, own = name.rpartition(".")

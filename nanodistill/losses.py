@@ -138,7 +138,7 @@ def _run(kernel, logits, *args):
         # Only memory counts there, and a compiled kernel makes nothing as large as the logits.
         shape = (2, len(logits)) if kernel in (_statistics, _divergence) else len(logits)
         return logits.new_empty(shape).float()                                  # (2, n) or (n,)
-    if _no_compiler(logits.device.type):
+    if no_compiler(logits.device.type):
         return kernel(logits, *args)
     for tensor in (logits, *args):
         if isinstance(tensor, torch.Tensor) and tensor.dim():
@@ -147,14 +147,14 @@ def _run(kernel, logits, *args):
 
 
 @functools.cache
-def _no_compiler(device):
+def no_compiler(device):
     """Whether compiling fails here, said once."""
     try:
         torch.compile(torch.neg)(torch.ones(2, device=device))
     # What is raised depends on what is missing.
     except Exception as error:
-        warnings.warn("torch.compile does not work here, so the fused losses are slower and need "
-                      f"more memory: {error}", stacklevel=4)
+        warnings.warn("torch.compile does not work here, so training is slower and needs more memory: "
+                      f"{error}", stacklevel=4)
         return True
     return False
 

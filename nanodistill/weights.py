@@ -212,7 +212,7 @@ def load(folder, kind=CausalLM, device="cpu", dtype=torch.float32):
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
     # On CUDA launching a layer's small kernels takes longer than its arithmetic.
-    model.model.compiled = torch.device(device).type == "cuda" and not losses._no_compiler("cuda")
+    model.model.compiled = torch.device(device).type == "cuda" and not losses.no_compiler("cuda")
     return model.requires_grad_(True).eval()
 
 

@@ -56,6 +56,7 @@ def test_a_place_that_is_no_folder(tmp_path):
 
 def test_all_that_is_wrong_is_listed_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(run.fit, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stopped:
         ready.check("rl", configs(tmp_path, "--questions", "5", "--rm.device", "cuda",
                                   "--max-new-tokens", "300"))

@@ -306,7 +306,7 @@ def train(config, folder, device, dtype):
 
             # ---- metrics ----
             by_sampler, = on_device(device, [p for s in samples for p in s.logprobs])
-            gap = old_logprobs.masked_scatter(response_mask, by_sampler) - old_logprobs
+            by_sampler = old_logprobs.masked_scatter(response_mask, by_sampler)    # (B, R)
             texts = [tokenizer.decode(s.tokens) if s.ended else "" for s in samples]
             answered = [task.extract_answer(text, asked[id_]) is not None
                         for id_, text in zip(ids, texts)]
@@ -315,7 +315,8 @@ def train(config, folder, device, dtype):
                 learning_rate=policy_optimizer.param_groups[0]["lr"],
                 **{f"first_{key}": history[0][key] for key in ("ratio", "approx_kl", "clipfrac")},
                 **{key: value / len(history) for key, value in total(history).items()},
-                updates=len(history), sampler_gap=gap.abs().max(),
+                updates=len(history), sampler_gap=(by_sampler - old_logprobs).abs().max(),
+                sampler_kl=ppo.masked_mean(ppo.kl_k3(by_sampler, old_logprobs), response_mask),
                 explained_variance=ppo.explained_variance(old_values, returns, response_mask),
                 entropy=ppo.masked_mean(entropy, response_mask), length=sum(counts) / B,
                 ended=ended.float().mean(), answered=sum(answered) / B,

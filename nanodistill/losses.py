@@ -153,8 +153,8 @@ def no_compiler(device):
         torch.compile(torch.neg)(torch.ones(2, device=device))
     # What is raised depends on what is missing.
     except Exception as error:
-        warnings.warn("torch.compile does not work here, so training is slower and needs more memory: "
-                      f"{error}", stacklevel=4)
+        warnings.warn("torch.compile does not work here, so training is slower and needs more "
+                      f"memory: {error}", stacklevel=4)
         return True
     return False
 

@@ -7,7 +7,8 @@ and its emulate.py on PYTHONPATH:
 
     python -m pytest tests/test_emulated.py
 
-There what is compiled runs eagerly, as nothing can compute a compiled kernel's values.
+There what is compiled runs eagerly, as nothing can compute a compiled kernel's values, and so does
+what a CUDA graph would launch.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import importlib.util
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,13 +38,14 @@ pytestmark = [
 
 
 @pytest.fixture
-def card():
+def card(monkeypatch):
     """The device. On the stub the CPU computes its values, until the test ends."""
     with contextlib.ExitStack() as stack:
         if STUB:
             from emulate import Emulate
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(Emulate())
+            monkeypatch.setattr(generate, "recorded", lambda step: SimpleNamespace(replay=step))
         yield torch.device("cuda")
 
 
@@ -55,10 +58,10 @@ def there(model, device):
 
 # ---- sampling ----
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"model_type": "qwen2"},
                                      {"model_type": "qwen3"}])
-def test_the_same_seed_draws_the_tokens_that_the_cpu_draws(card, compile, changes):
+def test_the_same_seed_draws_the_tokens_that_the_cpu_draws(card, graphs, changes):
     model = random_model(**changes).requires_grad_(False)
     prompts = [[1 + i % 7] * (3 + i % 5) for i in range(7)]
     # Fewer slots than samples, so that some are refilled.
@@ -66,7 +69,7 @@ def test_the_same_seed_draws_the_tokens_that_the_cpu_draws(card, compile, change
                temperature=[0.0, 1.0, 0.7])
     wanted = {(i, j): sample for i, j, sample in generate.generate(model, prompts, **how)}
     drawn = {(i, j): sample for i, j, sample in generate.generate(
-        there(model, card), prompts, compile=compile, **how)}
+        there(model, card), prompts, graphs=graphs, **how)}
     assert drawn.keys() == wanted.keys()
     assert len({len(sample.tokens) for sample in wanted.values()}) > 3
     for key, sample in wanted.items():

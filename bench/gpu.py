@@ -134,7 +134,7 @@ def whole_step():
         modes = [lambda: torch.compiler.set_stance("force_eager"), Emulate,
                  lambda: mock.patch.object(torch.cuda, "get_device_capability", lambda _: (7, 5)),
                  lambda: mock.patch.object(generate, "recorded",
-                                           lambda step: SimpleNamespace(replay=step))]
+                                           lambda step, _: SimpleNamespace(replay=step))]
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         folder = Path(scratch)
         ppo.prepare(folder, TASKS["arithmetic"](0))

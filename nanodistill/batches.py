@@ -20,14 +20,14 @@ from nanodistill.model import causal_attention, grouped_attention
 class Packed:
     """Sequences of unequal length laid end to end, N tokens in all.
 
-    Only attention sees padding, and flash attention, where `ends` says that it runs, none either.
+    Only attention sees padding, and flash attention, which runs where `ends` is set, sees none.
     """
     ids: torch.Tensor                      # (N,) int64
     positions: torch.Tensor                # (N,) of each token within its own sequence
-    cells: torch.Tensor                    # (N,) of each token in the (B, T) grid, flattened
+    cells: torch.Tensor                    # (N,) of each token in the flattened (B, T) grid
     lengths: list                          # B numbers
     cache: "KVCache" = None                # of B rows and T positions, which attention fills
-    last: torch.Tensor = None              # indices into N of the last tokens of each sequence
+    last: torch.Tensor = None              # (M,) indices into N of each sequence's last tokens
     more: tuple = ()                       # what else `pack` was given, on the same device
     ends: torch.Tensor = None              # (B + 1,) int32: 0 and each sequence's end, for flash
 
@@ -54,12 +54,12 @@ class Packed:
 
 
 def on_device(device, *lists):
-    """Lists or tensors of numbers of one dtype -> a tensor of each, in one copy, for which the host
-    does not wait on CUDA."""
+    """Lists or tensors of numbers of one dtype, no list empty -> a tensor of each, in one copy, for
+    which the host does not wait on CUDA."""
     whole = torch.cat([torch.as_tensor(x) for x in lists])
     cuda = torch.device(device).type == "cuda"
     if cuda:
-        # From other memory even such a copy may wait.
+        # From memory that is not pinned, the host would wait.
         whole = whole.pin_memory()
     return whole.to(device, non_blocking=cuda).split([len(x) for x in lists])
 
@@ -94,8 +94,8 @@ class KVCache:
 
     Row b holds its own sequence from position 0 on. What lies past its last token is stale and
     never attended to. Keys are transposed: a decode step multiplies one query with all of them,
-    and in bf16 on CPU that product takes a third of the time so. A tensor per layer, for a compiler
-    that traces writes into a slice of one tensor copies all of it.
+    and in bf16 on CPU that product takes a third of the time so. A tensor per layer: traced by a
+    compiler, writes into a slice of one tensor would copy all of it.
     """
 
     def __init__(self, config, batch, length, device, dtype):

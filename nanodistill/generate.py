@@ -2,7 +2,7 @@
 
 The engine keeps `slots` sequences in flight. A slot whose sequence has ended (EOS, or the length
 limit) is handed to the next one in the queue while the others go on, so a long response does not
-hold up a batch of short ones. When the queue is empty, an eager engine makes the slots fewer. A
+hold up a batch of short ones. When the queue is empty, the slots become fewer. A
 prompt is run through the model once, packed with others so that none is padded; its keys and values
 are then copied to every slot that samples from it.
 
@@ -29,8 +29,8 @@ from nanodistill.sampling import choose, stream_of, uniform
 
 # Prompts times the longest's tokens: more take memory and, where they leave the CPU's cache, time.
 PREFILL = {"cpu": 2**11, "cuda": 2**14, "mps": 2**12}
-# The decode step sees a multiple of this many positions of the cache. On CPU oneDNN prepares itself
-# for each new number, on CUDA a graph is recorded.
+# The decode step sees a multiple of this many cache positions: each new number makes oneDNN prepare
+# itself on CPU, and records a graph on CUDA.
 STRIDE = {"cpu": 16, "cuda": 256, "mps": 16}
 # What is to be drawn: sample `sample` of prompt number `index`, with its random stream.
 Job = namedtuple("Job", "index sample id prompt temperature stream")
@@ -80,7 +80,7 @@ class Slots:
             mine[rows] = old.scatter(1, at, kept[:, None])
         self.last[rows] = torch.where(going, new, self.last[rows])
         self.done[rows] |= (new[:, None] == eos).any(dim=1) | (count + 1 >= limit)
-        # The last, for `count` may be a view of it.
+        # Last, for `count` may be a view of self.count.
         self.count[rows] = count + going
 
 
@@ -93,10 +93,13 @@ def decode_step(model, cache, slots, eos, any_greedy=True):
     slots.record(slice(None), *drawn, eos)
 
 
-def recorded(step):
-    """A CUDA graph of what `step` launches on tensors that stay where they are; it is not run."""
+def recorded(step, pool):
+    """A CUDA graph of what `step` launches on tensors that stay where they are; it is not run.
+
+    pool: of memory for what a step makes and drops, which graphs may share.
+    """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         step()
     return graph
 
@@ -157,8 +160,9 @@ class Engine:
         self.steps, self.offset = 0, [0] * B
         # {index: cache and logits} of the prompt that still has samples in the queue.
         self.held = {}
-        # {slots and positions of the cache: the step's CUDA graph; None: it has run once}.
+        # {(slots, cache positions): the step's CUDA graph, or None where it has run once, eagerly}.
         self.graphs = {} if graphs else None
+        self.pool = torch.cuda.graph_pool_handle() if graphs else None
 
     def new_cache(self, rows, length):
         return KVCache(self.config, rows, length, self.device, self.dtype)
@@ -176,7 +180,7 @@ class Engine:
         stopped = torch.isin(self.slots.last[rows], self.eos).tolist()
         counts, tokens = self.slots.count[rows].tolist(), self.slots.tokens[rows].tolist()
         logprobs = self.slots.logprobs[rows].tolist()
-        # A free slot writes where nothing reads.
+        # A free slot goes on writing, at position 0 of its own row.
         self.slots.position.index_fill_(0, rows, 0)
         for k, b in enumerate(ended):
             job, n, self.owner[b] = self.owner[b], counts[k], None
@@ -219,7 +223,7 @@ class Engine:
         slots = self.slots
         slots.temperature[rows] = temperatures
         slots.stream[rows], slots.position[rows] = streams, positions
-        # Of a number that is put, a copy would be waited for.
+        # `x[rows] = 0` would copy the 0 to the device and wait.
         slots.count.index_fill_(0, rows, 0)
         slots.done.index_fill_(0, rows, False)
         drawn = choose(logits[source], slots.temperature[rows],
@@ -229,7 +233,7 @@ class Engine:
     def prefill(self, prompts):
         """Run {index: prompt} through the model -> a cache, and the logits of each next token.
 
-        The last prompt's are held where the queue has more samples of it.
+        The last prompt's are kept while the queue has more samples of it.
         """
         fresh = self.new_cache(len(prompts), max(map(len, prompts.values())))
         packed = pack(list(prompts.values()), self.device, fresh)
@@ -245,7 +249,7 @@ class Engine:
     def shrink(self):
         """With the queue empty and an eighth of the slots free, go on in the first slots alone.
 
-        With graphs it waits for a half: each number of slots needs another.
+        With graphs it waits for a half: each number of slots needs its own.
         """
         free = self.free()
         if self.queue or len(free) < len(self.owner) / (8 if self.graphs is None else 2):
@@ -268,18 +272,20 @@ class Engine:
         """One token more in every slot."""
         self.steps += 1
         used = self.steps + max(n for n, job in zip(self.offset, self.owner) if job is not None)
-        # What is not there yet need not be read; each new length costs something: see STRIDE.
-        shape = len(self.owner), round_up(used, STRIDE[self.device.type])
+        # What is not there yet need not be read; each new length costs something: see STRIDE. Ended
+        # slots may count past the cache.
+        length = min(round_up(used, STRIDE[self.device.type]), self.cache.length)
+        shape = len(self.owner), length
         step = functools.partial(decode_step, self.model, self.cache.view(*shape), self.slots,
                                  self.eos, self.any_greedy)
         if self.graphs is None:
             step()
         elif shape not in self.graphs:
-            # A kernel's first launch loads it, which cannot be recorded.
+            # Run once first: a kernel's first launch loads it, which cannot be recorded.
             self.graphs[shape] = step()
         else:
             if self.graphs[shape] is None:
-                self.graphs[shape] = recorded(step)
+                self.graphs[shape] = recorded(step, self.pool)
             self.graphs[shape].replay()
 
 
@@ -329,8 +335,8 @@ def generate(model, prompts, *, eos_ids, pad_id, max_new_tokens, n=1, temperatur
             positions. Where a GPU's memory runs out, the samples that are left are drawn with half
             of them; no sample changes.
         seed: an int. A sample follows from it, its prompt's id and its index, nothing else.
-        graphs: the decode step as CUDA graphs: its kernels, a thousand or so, are launched at once;
-            None: on CUDA.
+        graphs: run the decode step as CUDA graphs, which launch its thousand or so kernels at once;
+            None: where the model is on the current CUDA device.
         ids: a str for each prompt, all different; None: "0", "1", ...
     Raises:
         ValueError: an argument is of no use, a sequence could outgrow the positions (`faults`).
@@ -350,7 +356,9 @@ def generate(model, prompts, *, eos_ids, pad_id, max_new_tokens, n=1, temperatur
         # Else each step would cast all weights anew.
         model = copy_of(model, dtype)
     device, slots = model.head.device.type, min(slots, len(left))
-    prefill, graphs = PREFILL[device], device == "cuda" if graphs is None else graphs
+    # A graph is recorded from a stream of the current device.
+    current = device == "cuda" and model.head.get_device() == torch.cuda.current_device()
+    prefill, graphs = PREFILL[device], current if graphs is None else graphs
     while left:
         try:
             for job, sample in run(model, list(left.values()), slots, max_new_tokens, prefill,

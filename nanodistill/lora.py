@@ -40,8 +40,8 @@ class LoRALinear(nn.Linear):
         rows = x.reshape(-1, self.in_features)
         y = F.linear(rows, self.weight.to(x.dtype), bias)              # (rows, out)
         low = F.linear(rows, self.lora_A.weight.to(x.dtype))           # (rows, rank)
-        # One kernel and one rounding; y is read and written once.
-        y.addmm_(low, self.lora_B.weight.to(x.dtype).T, alpha=self.scale)
+        # One kernel: the sum is rounded once, y read and written once.
+        y.addmm_(low, self.lora_B.weight.to(y.dtype).T, alpha=self.scale)
         return y.view(*x.shape[:-1], self.out_features)
 
     def merged(self):
@@ -55,7 +55,7 @@ def adapt(model, rank, alpha=ALPHA):
     What is trained then are the adapters and a ScalarModel's head, which becomes fp32.
     """
     model.requires_grad_(False)
-    # Compiled, the many small products of the adapters take longer (docs/log.md).
+    # With adapters, compiled layers take longer (docs/log.md).
     model.model.compiled = False
     for name, module in [*model.model.layers.named_modules()]:
         if isinstance(module, nn.Linear):

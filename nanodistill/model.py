@@ -219,7 +219,7 @@ class Layer(nn.Module):
     def after(self, x, attended):
         """x (..., D), attended (..., H * head_dim) -> (..., D)."""
         x = x + self.self_attn.o_proj(attended)
-        # The MLP needs the most memory.
+        # Freed before the MLP, which needs the most memory.
         del attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -232,8 +232,8 @@ class Layer(nn.Module):
 @functools.cache
 def _compiled(part):
     """`Layer.before` or `after`, compiled once for all layers and lengths: their weights are inputs
-    of the graph. Rounded as eagerly, for else the passes with and without gradients, of which PPO's
-    ratio is made, would differ by what is fused in each."""
+    of the graph. Rounded as eagerly: else passes with and without gradients, whose ratio PPO takes,
+    would differ by what each fuses."""
     return torch.compile(part, dynamic=True, options={"emulate_precision_casts": True})
 
 
@@ -241,8 +241,8 @@ class Trunk(nn.Module):
     """Everything below the head: token ids (B, T) -> hidden states (B, T, D) after the last norm.
 
     dtype: of the arithmetic; None: the weights' own. checkpoint: keep no activations of a layer;
-    the backward pass computes them again. compiled: torch.compile what comes before and after a
-    layer's attention, but in inference mode, which is sampling's.
+    the backward pass computes them again. compiled: what comes before and after a layer's
+    attention is compiled, except in inference mode (sampling).
     """
 
     def __init__(self, config):
@@ -272,7 +272,7 @@ class Trunk(nn.Module):
         angles = self.angles[batch.positions].unsqueeze(-2)            # (..., 1, head_dim)
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
         x = self.embed_tokens(batch.ids).to(dtype)                     # (..., D)
-        # In what is compiled as a whole, the parts are compiled with it.
+        # Where the whole model is compiled, its parts are too.
         compiled = self.compiled and not (
             torch.compiler.is_compiling() or torch.is_inference_mode_enabled())
         for i, layer in enumerate(self.layers):

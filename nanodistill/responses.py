@@ -20,8 +20,8 @@ class Batch:
     in one copy."""
     packed: Packed                         # without their last tokens, which predict nothing
     targets: torch.Tensor                  # (M,) int64: the response tokens
-    cells: torch.Tensor                    # (M,) of each in the (B, R) grid, flattened
-    at: torch.Tensor                       # (B,) which responses these are
+    cells: torch.Tensor                    # (M,) of each target in the flattened (B, R) grid
+    at: torch.Tensor                       # (B,) their numbers among all responses
     width: int                             # R
 
     def grid(self, flat):
@@ -44,7 +44,7 @@ def batch(rows, counts, at, device):
 
 
 def mask(counts, device="cpu"):
-    """(B, R) bool: True at the counts[b] tokens of each response."""
+    """(B, R) bool: True in the first counts[b] columns of row b."""
     lengths, = on_device(device, counts)
     return torch.arange(max(counts), device=device) < lengths[:, None]
 
@@ -67,7 +67,7 @@ def alike(indices, rows, size):
 
 
 def before_each(model, batch):
-    """What `model` gives at the positions that predict the response tokens, end to end."""
+    """What `model` gives at the token before each response token, (M, ...)."""
     return model(batch.packed).index_select(0, batch.packed.last)
 
 

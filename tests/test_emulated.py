@@ -45,7 +45,7 @@ def card(monkeypatch):
             from emulate import Emulate
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(Emulate())
-            monkeypatch.setattr(generate, "recorded", lambda step: SimpleNamespace(replay=step))
+            monkeypatch.setattr(generate, "recorded", lambda step, _: SimpleNamespace(replay=step))
         yield torch.device("cuda")
 
 

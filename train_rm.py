@@ -52,9 +52,9 @@ class Config(Common):
     epochs: float = flag(1.0, "passes over the responses (over the questions' pairs for bt)",
                          above=0)
     batch_size: int = flag(None, "responses (or pairs) per optimizer step", least=1)
-    micro_batch: int = flag(0, "responses (or pairs) per forward and backward pass; the gradient "
-                            "does not depend on it; 0 = as many as fit the memory", least=0,
-                            result=False)
+    micro_batch: int = flag(0, "responses per forward and backward pass, two in a pair; the "
+                            "gradient does not depend on it; 0 = as many as fit the memory",
+                            least=0, result=False)
     checkpoint: bool = flag(None, "activation checkpointing: a layer's activations are computed "
                             "again in backward instead of kept; not given: where it must be",
                             result=False)
@@ -127,14 +127,15 @@ def summed_bce(model, examples, count, tokens, token_loss):
 
 
 def gradients(micro_batch, config, model, optimizers, batch):
-    """Make the gradients of a batch's mean loss, `micro_batch` examples (or pairs) at a time;
-    returns the loss."""
+    """Make the gradients of a batch's mean loss, `micro_batch` sequences at a time, but a pair at
+    least; returns the loss."""
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     pairs, total = config.rm_loss == "bt", 0.0
     tokens = 0 if pairs else sum(len(e.ids) - e.prompt_length for e in batch)
-    for i in range(0, len(batch), micro_batch):
-        some = batch[i:i + micro_batch]
+    size = max(micro_batch // 2, 1) if pairs else micro_batch
+    for i in range(0, len(batch), size):
+        some = batch[i:i + size]
         if pairs:
             scores = score(model, [ids for pair in some for ids in pair])      # (2 x pairs,)
             good, bad = scores.view(-1, 2).unbind(1)

@@ -155,7 +155,7 @@ def table(layers):
     def row(name, found, peak):
         numbers = " | ".join(str(found[column]) for column in COLUMNS)
         rows.append(f"| {name} | {numbers} | {peak / 2**20:,.0f} | {device} |")
-        lines = [f"{n} {at}" for at, n in found.most_common() if n and at not in COLUMNS]
+        lines = [f"{n} {at}" for at, n in found.most_common() if n > 0 and at not in COLUMNS]
         print(f"{name}: waits at {', '.join(lines) or 'no line'}", flush=True)
 
     def sampled(model, tokens, how):

@@ -51,6 +51,8 @@ def new(kind, shape, dtype=torch.float32):
     with torch.device("cuda"):
         model = init_weights(kind(shape))
     torch.set_default_dtype(torch.float32)
+    # As weights.load does.
+    model.model.compiled = True
     return model
 
 
@@ -139,6 +141,8 @@ def arguments(parser):
 
 def measure(name, shape, rank, choice):
     """{phase: bytes at most} of a stage on the card."""
+    # Dynamo compiles a function eight times at most.
+    torch.compiler.reset()
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

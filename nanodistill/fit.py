@@ -14,11 +14,13 @@ import dataclasses
 import functools
 import os
 import weakref
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -65,12 +67,28 @@ class On(TorchFunctionMode):
             return getattr(torch.ops.aten, flash)(*args, 0.0, True)[0]
         return function(*args, **kwargs)
 
-    def around(self, function):
-        """`function`, run in this mode wherever it is called from."""
+    def around(self, function, compiled=False):
+        """`function`, run in this mode wherever it is called from. For backward it keeps what it
+        would keep `compiled`."""
         def run(*args):
-            with self:
+            with self, saved_tensors_hooks(keep, give_back) if compiled else nullcontext():
                 return function(*args)
         return run
+
+
+def keep(x):
+    """What a compiled layer keeps of x: fp32 copies are made again from bf16, and the gate's silu
+    is computed again (seen in torch 2.13: tests/test_fit.py)."""
+    made_by = x.grad_fn.name() if x.grad_fn else ""
+    if made_by == "ToCopyBackward0" and x.dtype == torch.float32:
+        return x.to(torch.bfloat16), x.dtype
+    return (x.shape, x.dtype) if made_by == "SiluBackward0" else (x, x.dtype)
+
+
+def give_back(kept):
+    x, dtype = kept
+    return x.to(dtype) if isinstance(x, torch.Tensor) else torch.empty(
+        x, dtype=dtype, device="meta")
 
 
 class Peak(TorchDispatchMode):
@@ -143,7 +161,8 @@ def pass_peaks(shape, head, dtype, sequences, length, seen, checkpoint, again, r
         lora.adapt(model, rank)
     model.model.dtype, model.model.checkpoint = dtype, checkpoint
     for layer in model.model.layers:           # backward leaves the mode, and may run them again
-        layer.forward = On(device).around(layer.forward)
+        layer.forward = On(device).around(
+            layer.forward, compiled=device == "cuda" and not (checkpoint or rank))
     with On(device), Peak(model) as memory, torch.set_grad_enabled(head != "scores"):
         def embedded(_, __, x):
             if x.requires_grad:

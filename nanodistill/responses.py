@@ -3,7 +3,7 @@ responses are taken together.
 
 A tensor (B, R) has a row per response and a column per response token. R is the longest response;
 shorter ones are padded on the right with zeros. Inside, sequences lie end to end (`pack`), so that
-only attention computes on padding.
+at most attention computes on padding.
 """
 
 from dataclasses import dataclass

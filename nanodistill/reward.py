@@ -1,7 +1,7 @@
 """The reward model's own pieces: the score of a sequence, and the two losses.
 
 The score of a response is the scalar head's output at its last token, the EOS of a response that
-ended. Sequences are packed: neither batch mates nor the padding that attention sees change it.
+ended. Sequences are packed: neither batch mates nor any padding change it.
 """
 
 import torch

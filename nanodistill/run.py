@@ -121,8 +121,8 @@ def held_out(question_id, share=0.05):
 class Metrics:
     """metrics.jsonl: measurements by stage and step, {"stage", "step", ...}.
 
-    Tensors become numbers here. A stage that does not go on from
-    a checkpoint starts `anew`, which a line of its own says: what came before is another run's.
+    Tensors become numbers here, all in one wait. A stage that does not go on from a checkpoint
+    starts `anew`, which a line of its own says: what came before is another run's.
     """
 
     def __init__(self, folder, stage, anew=True):

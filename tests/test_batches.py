@@ -73,7 +73,8 @@ def bce(_, scalar):
 
 def bt(_, scalar):
     pairs = [(row, row[::-1]) for row in ROWS]
-    train_rm.gradients(2, SimpleNamespace(rm_loss="bt"), scalar, [], pairs)
+    # Four sequences are two pairs.
+    train_rm.gradients(4, SimpleNamespace(rm_loss="bt"), scalar, [], pairs)
 
 
 PPO = SimpleNamespace(temperature=0.7, clip=0.2, value_clip=0.2, score="probability")
@@ -102,7 +103,7 @@ def test_a_micro_batch_takes_one_copy_and_no_number_of_the_device(stage, copies)
     models = model_of(CausalLM), model_of(ScalarModel)
     with Copies() as seen:
         stage(*models)
-    # Two micro-batches of two responses each.
+    # Two micro-batches of two responses each, or of two pairs.
     assert seen.count == 2 * copies
 
 

@@ -91,8 +91,9 @@ SETTINGS = {
 
 
 # With LoRA: ten times the rates, as "LoRA Without Regret" (Thinking Machines, 2025) finds; its rank
-# where none is given, which is ours; and AdamW, for Muon's updates are made for whole matrices.
-RANK, RATE = 32, 10
+# where none is given, which is ours; and AdamW, for Muon's updates are made for whole matrices. The
+# tiny reward model's rate stays: Muon's was ten times AdamW's, and 3e-3 was tried with rank 32.
+RANK, RATE, MUON = 32, 10, ("rm.learning_rate", "muon")
 
 
 def settings(student, lora=0):
@@ -101,6 +102,6 @@ def settings(student, lora=0):
     values = {name: row[column] for name, row in SETTINGS.items()}
     if lora:
         values |= {name: float(f"{RATE * rate:.3g}") for name, rate in values.items()
-                   if name.endswith("_rate")}
+                   if name.endswith("_rate") and (name, values["rm.optimizer"]) != MUON}
         values["rm.optimizer"] = "adamw"
     return values

@@ -243,6 +243,11 @@ def test_lora_is_chosen_where_ppo_of_all_weights_does_not_fit(monkeypatch, capsy
     assert parse("--student", "1b", "--learning-rate", "1e-6")["rl"].learning_rate == 1e-6
     assert {c.lora for c in parse("--student", "135m").values()} == {0}      # 10 GB
     assert {c.lora for c in parse().values()} == {0}
+    # Ten times the rates of AdamW; Muon's was that high already.
+    tiny, big = parse("--lora", "32"), parse("--student", "1b", "--lora", "32")
+    assert (tiny["rm"].learning_rate, tiny["rm"].optimizer) == (3e-3, "adamw")
+    assert tiny["rl"].learning_rate == 2e-3 and tiny["sft"].learning_rate == 5e-3
+    assert big["rm"].learning_rate == 1e-4 and big["rl"].learning_rate == 1e-5
 
 
 def test_a_password_of_an_older_program_is_neither_shown_nor_a_hindrance(tmp_path):

@@ -198,7 +198,7 @@ def sampling_peaks(shape, dtype, slots, prompt, response, rank, device):
     with On(device), Peak(model) as memory, torch.inference_mode(), torch.device("meta"):
         rows, u = torch.zeros(slots, dtype=torch.long), torch.zeros(slots)
         state = generate.Slots.empty(slots, response, 0, "meta")
-        positions = generate.round_up(prompt + response, generate.STRIDE[device])
+        positions = generate.positions_for(prompt + response, device)
         cache = KVCache(model.config, slots, positions, "meta", dtype)
         fresh = packed.cache = KVCache(model.config, prompts, prompt, "meta", dtype)
         memory.start("prefill")
@@ -282,7 +282,7 @@ def plan(stage, shape, dtype, *, batch, micro_batch, slots, prompt, response, ch
         parts["sampler's weights"] = size * (causal * (stage == "rm" or stage == "rl" and bf16
                                                        and not rank)
                                              + (causal - embedding) * (cpu and bf16))
-        positions = generate.round_up(length, generate.STRIDE[device])
+        positions = generate.positions_for(length, device)
         cache = KVCache(shape, slots, positions, "meta", dtype)
         parts["KV cache"] = sum(x.nbytes for x in cache.k + cache.v)
         parts["sampling"] = CUBLAS * cuda - parts["KV cache"] + most(

@@ -13,7 +13,6 @@ the sample's index. Neither slots nor batch mates change what is drawn (but for 
 matrix products of other shapes).
 """
 
-import functools
 import math
 import sys
 from collections import deque, namedtuple
@@ -104,8 +103,9 @@ def recorded(step, pool):
     return graph
 
 
-def round_up(n, multiple):
-    return -(-n // multiple) * multiple
+def positions_for(tokens, device):
+    """The positions of the cache that hold so many tokens: a multiple of the device's STRIDE."""
+    return -(-tokens // STRIDE[device]) * STRIDE[device]
 
 
 def copy_of(model, dtype):
@@ -152,7 +152,7 @@ class Engine:
         else:
             model = lora.cast(model, self.dtype)
         self.model, self.eos = model, torch.tensor(eos_ids, device=self.device)
-        self.cache = self.new_cache(B, round_up(longest + limit, STRIDE[self.device.type]))
+        self.cache = self.new_cache(B, positions_for(longest + limit, self.device.type))
         self.slots = Slots.empty(B, limit, pad_id, self.device)
         self.owner = [None] * B                                        # the Job in each slot
         # Slot b has filled offset[b] + steps positions of the cache, or fewer: known without asking
@@ -274,10 +274,12 @@ class Engine:
         used = self.steps + max(n for n, job in zip(self.offset, self.owner) if job is not None)
         # What is not there yet need not be read; each new length costs something: see STRIDE. Ended
         # slots may count past the cache.
-        length = min(round_up(used, STRIDE[self.device.type]), self.cache.length)
+        length = min(positions_for(used, self.device.type), self.cache.length)
         shape = len(self.owner), length
-        step = functools.partial(decode_step, self.model, self.cache.view(*shape), self.slots,
-                                 self.eos, self.any_greedy)
+
+        # A function, for a replay needs none of the cache's views.
+        def step():
+            decode_step(self.model, self.cache.view(*shape), self.slots, self.eos, self.any_greedy)
         if self.graphs is None:
             step()
         elif shape not in self.graphs:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import card, random_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -40,6 +41,27 @@ def test_lists_go_to_the_device_together_and_keep_their_dtype():
         assert len({x.untyped_storage().data_ptr() for x in parts}) == 1
         for part, numbers in zip(parts, lists, strict=True):
             assert torch.equal(part, torch.as_tensor(numbers))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=card)])
+def test_in_bf16_packed_rows_are_as_each_alone_in_values_and_gradients(device):
+    """On a card flash attends without padding. Alone, in fp32 on the CPU, nothing is packed."""
+    rows = [list(range(5, 5 + n)) for n in (17, 1, 30)]
+    alone, packed = random_model(), random_model().to(device)
+    packed.model.dtype = torch.bfloat16
+    wanted = torch.cat([alone.model(torch.tensor([row]))[0] for row in rows])          # (N, D)
+    got = packed.model(pack(rows, device))
+    weights = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(0))
+    for hidden in (wanted, got):
+        (hidden.float() * weights.to(hidden.device)).sum().backward()
+
+    def error(a, b):
+        return ((a.float().cpu() - b).norm() / b.norm()).item()
+    assert error(got.detach(), wanted.detach()) < 0.05
+    theirs = dict(alone.named_parameters())
+    for name, p in packed.named_parameters():
+        if theirs[name].grad is not None:
+            assert error(p.grad, theirs[name].grad) < 0.2, name
 
 
 class Copies(TorchDispatchMode):

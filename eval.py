@@ -24,7 +24,7 @@ from pathlib import Path
 
 from data import hub, prompts_of, ready, response_ids, task_of
 from data.grading import STAGES, Samples, graded
-from nanodistill import files, fit, process, run, settings, vote, weights
+from nanodistill import files, fit, parallel, process, run, settings, vote, weights
 from nanodistill.model import ScalarModel
 from nanodistill.report import draw
 from nanodistill.reward import score_sequences
@@ -206,6 +206,8 @@ def main(argv=None):
     report["seconds"]["eval"] = round(metrics.seconds(), 1)
 
     # ---- 6. the report, and what is drawn from it ----
+    if parallel.rank():
+        return
     files.write_atomic(folder / "report.json", json.dumps(report, indent=1) + "\n")
     print(f"eval: -> {folder}: {', '.join(['report.json', *draw(report, folder)])}")
 

@@ -27,7 +27,18 @@ import torch
 
 import train_rm
 from data import grading, prompts_of, ready, task_of
-from nanodistill import files, lora, optim, ppo, process, responses, run, settings, weights
+from nanodistill import (
+    files,
+    lora,
+    optim,
+    parallel,
+    ppo,
+    process,
+    responses,
+    run,
+    settings,
+    weights,
+)
 from nanodistill.batches import on_device
 from nanodistill.generate import generate
 from nanodistill.model import CausalLM, ScalarModel
@@ -133,17 +144,19 @@ def describe(micro_batch, config, models, rows, counts, scored_rows):
     ref_logprobs, old_values (B, R), and scores (B,) of `scored_rows`."""
     policy, reference, reward_model, value_model = models
     B, R, device, squash = len(rows), max(counts), policy.head.device, squash_of(config)
-    old_logprobs, entropy, ref_logprobs, old_values = torch.zeros(4, B, R, device=device)
-    scores = torch.zeros(B, device=device)
+    said = [*torch.zeros(4, B, R, device=device), torch.zeros(B, device=device)]
     with torch.no_grad():
-        for mb in responses.alike(range(B), rows, micro_batch):
+        for mb, real in responses.alike(range(B), rows, micro_batch):
             batch = responses.batch(rows, counts, mb, device)
-            at = batch.at
-            old_logprobs[at], entropy[at] = responses.logprobs(policy, batch, config.temperature)
-            ref_logprobs[at], _ = responses.logprobs(reference, batch, config.temperature)
-            old_values[at] = responses.values(value_model, batch, squash)
-            scores[at] = squash(score(reward_model, [scored_rows[b] for b in mb]))
-    return old_logprobs, entropy, ref_logprobs, old_values, scores
+            found = (*responses.logprobs(policy, batch, config.temperature),
+                     responses.logprobs(reference, batch, config.temperature)[0],
+                     responses.values(value_model, batch, squash),
+                     squash(score(reward_model, [scored_rows[b] for b in mb])))
+            for x, its in zip(said, found):
+                x[batch.at] += real * its
+    # Each process has filled in its own responses.
+    parallel.sum_(*said)
+    return said
 
 
 def total(measurements):
@@ -159,9 +172,9 @@ def gradients(micro_batch, config, models, optimizers, minibatch, experience):
     (policy, _, _, value_model), e = models, experience
     # Every loss is divided by this: the gradient is the same whatever the micro-batch.
     tokens, parts = sum(e.counts[b] for b in minibatch), []
-    for mb in responses.alike(minibatch, e.rows, micro_batch):
+    for mb, real in responses.alike(minibatch, e.rows, micro_batch):
         batch = responses.batch(e.rows, e.counts, mb, policy.head.device)
-        at, mb_mask = batch.at, e.response_mask[batch.at]                      # (micro_batch, R)
+        at, mb_mask = batch.at, e.response_mask[batch.at] & (real > 0)         # (micro_batch, R)
         new_logprobs, _ = responses.logprobs(policy, batch, config.temperature)
         policy_loss, measured = ppo.policy_loss(
             new_logprobs, e.old_logprobs[at], e.advantages[at], mb_mask, config.clip, tokens)
@@ -172,7 +185,9 @@ def gradients(micro_batch, config, models, optimizers, minibatch, experience):
         value_loss.backward()
         parts.append({**measured, "policy_loss": policy_loss.detach(),
                       "value_loss": value_loss.detach()})
-    return total(parts)
+    measured = total(parts)
+    parallel.sum_(*measured.values())
+    return measured
 
 
 def train(config, folder, device, dtype):
@@ -199,7 +214,8 @@ def train(config, folder, device, dtype):
     micro_batch, slots = choice.micro_batch, choice.slots
 
     # ---- models: what is trained is fp32, what is frozen has the arithmetic's dtype ----
-    reference = weights.load(folder / "sft", device=device, dtype=dtype).requires_grad_(False)
+    shards = choice.shards                     # over how many processes weights are split
+    reference = weights.load(folder / "sft", CausalLM, device, dtype, shards).requires_grad_(False)
     if config.lora:
         # One trunk, four models: the reference is it, the others are its weights and an adapter.
         policy = lora.adapt(lora.share(reference), config.lora)
@@ -207,10 +223,10 @@ def train(config, folder, device, dtype):
         value_model = weights.load_adapter(folder / "rm" / "adapter", reference, ScalarModel)
         print(f"rl: {lora.described(policy)}")
     else:
-        policy = weights.load_to_train(folder / "sft", CausalLM, device, dtype)
-        reward_model = weights.load(folder / "rm", ScalarModel, device=device, dtype=dtype)
+        policy = weights.load_to_train(folder / "sft", CausalLM, device, dtype, 0, shards)
+        reward_model = weights.load(folder / "rm", ScalarModel, device, dtype, shards)
         value_from = folder / ("rm" if config.value_from == "reward" else "sft")
-        value_model = weights.load_to_train(value_from, ScalarModel, device, dtype)
+        value_model = weights.load_to_train(value_from, ScalarModel, device, dtype, 0, shards)
     reward_model.requires_grad_(False)
     policy.model.checkpoint = value_model.model.checkpoint = choice.checkpoint
     models = policy, reference, reward_model, value_model
@@ -248,13 +264,16 @@ def train(config, folder, device, dtype):
             # There may be fewer questions than a step wants.
             chosen += rng.choices(questions, k=config.prompts - len(chosen))
             ids = [q["id"] for q in chosen for _ in range(config.samples)]     # B
-            samples = [None] * B
-            for i, j, sample in generate(
-                    policy, [prompts[q["id"]] for q in chosen], n=config.samples,
-                    temperature=config.temperature, max_new_tokens=config.max_new_tokens,
-                    slots=slots, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id,
-                    seed=rng.getrandbits(63)):
-                samples[i * config.samples + j] = sample
+            # Each process has some answered; no sample depends on which.
+            mine = parallel.deal(range(config.prompts))
+            done = generate(
+                policy, [prompts[chosen[i]["id"]] for i in mine], ids=[*map(str, mine)],
+                n=config.samples, temperature=config.temperature,
+                max_new_tokens=config.max_new_tokens, slots=slots, eos_ids=tokenizer.eos_ids,
+                pad_id=tokenizer.pad_id, seed=rng.getrandbits(63))
+            done = {(mine[k], j): sample for k, j, sample in done}
+            done = {at: sample for part in parallel.gather(done) for at, sample in part.items()}
+            samples = [done[i, j] for i in range(config.prompts) for j in range(config.samples)]
             rows = [prompts[id_] + s.tokens for id_, s in zip(ids, samples)]
             counts = [len(s.tokens) for s in samples]
             ended, = on_device(device, [s.ended for s in samples])             # (B,)
@@ -326,7 +345,7 @@ def train(config, folder, device, dtype):
 
             # ---- save ----
             # Asked once per step: an interrupt between two askings would not be saved.
-            interrupted = asked_to_stop()
+            interrupted = parallel.any_(asked_to_stop())
             if interrupted or time_to_save():
                 watch.settle(policy, value_model)
                 run.save_checkpoint(checkpoint, config, parts, step=step + 1, kl_coef=kl_coef,

@@ -30,7 +30,7 @@ import torch
 import train_sft
 from data import prompts_of, ready, response_ids, task_of
 from data.teacher import collect, local, shares
-from nanodistill import files, lora, optim, process, run, settings, weights
+from nanodistill import files, lora, optim, parallel, process, run, settings, weights
 from nanodistill.batches import pack
 from nanodistill.model import ScalarModel
 from nanodistill.reward import bce_loss, bt_loss, score, score_sequences
@@ -134,16 +134,16 @@ def gradients(micro_batch, config, model, optimizers, batch):
     pairs, total = config.rm_loss == "bt", 0.0
     tokens = 0 if pairs else sum(len(e.ids) - e.prompt_length for e in batch)
     size = max(micro_batch // 2, 1) if pairs else micro_batch
-    for i in range(0, len(batch), size):
-        some = batch[i:i + size]
+    for some, real in parallel.micro_batches(batch, size):
         if pairs:
             scores = score(model, [ids for pair in some for ids in pair])      # (2 x pairs,)
             good, bad = scores.view(-1, 2).unbind(1)
-            loss = bt_loss(good, bad, len(batch))
+            loss = real * bt_loss(good, bad, len(batch))
         else:
-            loss = summed_bce(model, some, len(batch), tokens, config.token_loss)
+            loss = real * summed_bce(model, some, len(batch), tokens, config.token_loss)
         loss.backward()
         total += loss.detach()
+    parallel.sum_(total)
     return total
 
 
@@ -214,7 +214,8 @@ def train(config, folder, device, dtype):
     steps = max(int(config.epochs * batches), 1)
 
     # ---- model and optimizers ----
-    model = weights.load_to_train(folder / "sft", ScalarModel, device, dtype, config.lora)
+    model = weights.load_to_train(folder / "sft", ScalarModel, device, dtype, config.lora,
+                                  choice.shards)
     model.model.checkpoint = choice.checkpoint
     if config.lora:
         print(f"rm: {lora.described(model)}")
@@ -277,7 +278,7 @@ def train(config, folder, device, dtype):
                 bar.set_postfix(loss=f"{row['loss']:.4f}")
 
             # Asked once per step: an interrupt between two askings would not be saved.
-            interrupted = asked_to_stop()
+            interrupted = parallel.any_(asked_to_stop())
             if interrupted or time_to_save():
                 watch.settle(model)
                 run.save_checkpoint(checkpoint, config, parts, step=step, best=best,
@@ -290,7 +291,7 @@ def train(config, folder, device, dtype):
     watch.settle(model)
     (scores, figures), micro_batch = run.halve_when_full(evaluate, micro_batch, model, held_out)
     if figures["student"]["auc"] < best:
-        model.load_state_dict(best_weights, strict=False)
+        run.put_back(model, best_weights)
         scores, figures = evaluate(micro_batch, model, held_out)
     for source, f in figures.items():
         print(f"rm: held-out {source} responses: n {f['n']}, accuracy {f['accuracy']:.3f}, "

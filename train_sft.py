@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from data import hub, prompts_of, ready, task_of, teacher
-from nanodistill import files, lora, optim, process, responses, run, settings, weights
+from nanodistill import files, lora, optim, parallel, process, responses, run, settings, weights
 from nanodistill.losses import linear_cross_entropy
 from nanodistill.model import CausalLM
 from nanodistill.settings import Common, flag
@@ -78,18 +78,23 @@ def summed_loss(model, rows, denominator):
     batch = responses.batch([prompt + response for prompt, response in rows],
                             [len(response) for _, response in rows], range(len(rows)),
                             model.head.device)
-    hidden = responses.before_each(model.model, batch)               # (response tokens, D)
-    return linear_cross_entropy(hidden, model.head, batch.targets, denominator, ignore_index=None)
+
+    def loss(hidden, head):
+        before_each = hidden.index_select(0, batch.packed.last)      # (response tokens, D)
+        return linear_cross_entropy(before_each, head, batch.targets, denominator,
+                                    ignore_index=None)
+    return model(batch.packed, loss)
 
 
 def gradients(micro_batch, model, optimizer, rows):
     """Make the gradients of a batch's mean loss, `micro_batch` rows at a time; returns the loss."""
     optimizer.zero_grad(set_to_none=True)
     tokens, total = sum(len(response) for _, response in rows), 0.0
-    for i in range(0, len(rows), micro_batch):
-        loss = summed_loss(model, rows[i:i + micro_batch], tokens)
+    for some, real in parallel.micro_batches(rows, micro_batch):
+        loss = real * summed_loss(model, some, tokens)
         loss.backward()
         total += loss.detach()
+    parallel.sum_(total)
     return total
 
 
@@ -98,9 +103,11 @@ def held_out_loss(micro_batch, model, rows):
     """Mean loss of the response tokens; nan where nothing is held out of a small run."""
     tokens = sum(len(response) for _, response in rows)
     rows = sorted(rows, key=lambda row: len(row[0]) + len(row[1]))
-    parts = [summed_loss(model, rows[i:i + micro_batch], tokens)
-             for i in range(0, len(rows), micro_batch)]
-    return sum(torch.stack(parts).tolist()) if parts else float("nan")
+    parts = [real * summed_loss(model, some, tokens)
+             for some, real in parallel.micro_batches(rows, micro_batch)]
+    if not parts:
+        return float("nan")
+    return sum(sum(part) for part in parallel.gather(torch.stack(parts).tolist()))
 
 
 def train(config, folder, source, device, dtype):
@@ -143,7 +150,7 @@ def train(config, folder, source, device, dtype):
                         max(len(prompt) for prompt, _ in training + held_out),
                         max(len(response) for _, response in training + held_out), batch=batch_size)
     micro_batch = choice.micro_batch
-    model = weights.load_to_train(source, CausalLM, device, dtype, config.lora)
+    model = weights.load_to_train(source, CausalLM, device, dtype, config.lora, choice.shards)
     model.model.checkpoint = choice.checkpoint
     if config.lora:
         print(f"sft: {lora.described(model)}")
@@ -198,7 +205,7 @@ def train(config, folder, source, device, dtype):
                 bar.set_postfix(loss=f"{row['loss']:.4f}")
 
             # Asked once per step: an interrupt between two askings would not be saved.
-            interrupted = asked_to_stop()
+            interrupted = parallel.any_(asked_to_stop())
             if interrupted or time_to_save():
                 watch.settle(model)
                 run.save_checkpoint(checkpoint, config, parts, step=step, best=best,
@@ -215,7 +222,7 @@ def train(config, folder, source, device, dtype):
         watch(step, torch.tensor(loss))
     watch.settle()
     if loss > best:
-        model.load_state_dict(best_weights, strict=False)
+        run.put_back(model, best_weights)
     metrics(step, held_out_loss=loss, best=min(loss, best), seconds=metrics.seconds(seconds))
     print(f"sft: held-out loss {loss:.4f} at the end, best {min(loss, best):.4f}, kept -> "
           f"{folder / 'sft'}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanodistill import files, run
+from nanodistill import files, parallel, run
 from nanodistill.generate import respond
 from nanodistill.settings import Common, flag
 
@@ -45,13 +45,19 @@ class Samples:
         self.prompts, self.slots, self.max_new_tokens = prompts, slots, config.max_new_tokens
         origin = {"model": files.digest(path), **{k: getattr(config, k) for k in (
             "task", "data", "seed", "max_new_tokens", "dtype", "date")}}
+        self.file = file
         file.parent.mkdir(exist_ok=True)
-        rows = files.read_jsonl(file)
-        if rows[:1] != [origin]:
+        if parallel.rank() == 0 and files.read_jsonl(file)[:1] != [origin]:
+            for part in file.parent.glob(f"{file.name}.[0-9]*"):
+                part.unlink()
             files.write_atomic(file, json.dumps(origin) + "\n")
-            rows = [origin]
-        self.rows = {(row["what"], row["id"]): row["responses"] for row in rows[1:]}
-        self.append = files.Appender(file)
+        self.read()
+
+    def read(self):
+        """The samples of all processes: {(what, question id): responses}."""
+        run.merge(self.file, lambda row: (row.get("what"), row.get("id")))
+        self.rows = {(row["what"], row["id"]): row["responses"]
+                     for row in files.read_jsonl(self.file)[1:]}
 
     def __call__(self, what, questions, n, temperature):
         """[[{"text", "answer", "ended", "tokens", "logprob"}] * n for each question].
@@ -63,19 +69,25 @@ class Samples:
         have = {id_: rows for (kind, id_), rows in self.rows.items()
                 if kind == what and len(rows) >= n}
         texts = {q["id"]: q["question"] for q in questions}
-        todo = {id_: self.prompts[id_] for id_ in texts if id_ in self.prompts and id_ not in have}
+        todo = [id_ for id_ in texts if id_ in self.prompts and id_ not in have]
+        todo = {id_: self.prompts[id_] for id_ in parallel.deal(todo)}
+        append = files.Appender(run.own_file(self.file))
         done = respond(self.model, self.tokenizer, todo, n=n, temperature=temperature,
                        max_new_tokens=self.max_new_tokens, slots=self.slots,
                        seed=torch.initial_seed())
-        total = n * len(questions)
-        for id_, j, text, s in run.Bar(done, total=total, initial=total - n * len(todo), desc=what,
+        total = n * (len(have) + len(todo))
+        for id_, j, text, s in run.Bar(done, total=total, initial=n * len(have), desc=what,
                                        unit="response"):
             answer = self.task.extract_answer(text, texts[id_]) if s.ended else None
             row = have.setdefault(id_, [None] * n)
             row[j] = {"text": text, "answer": answer, "ended": s.ended, "tokens": s.tokens,
                       "logprob": sum(s.logprobs)}
             if None not in row:
-                self.append({"what": what, "id": id_, "responses": row})
+                append({"what": what, "id": id_, "responses": row})
+        append.file.close()
+        if parallel.world() > 1:
+            self.read()
+            have |= {id_: rows for (kind, id_), rows in self.rows.items() if kind == what}
         return [have.get(q["id"], none)[:n] for q in questions]
 
 

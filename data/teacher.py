@@ -34,7 +34,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import hub, ready, server, task_of
-from nanodistill import files, process, run, settings, vote, weights
+from nanodistill import files, parallel, process, run, settings, vote, weights
 from nanodistill.generate import respond
 from nanodistill.settings import Common, flag
 from nanodistill.tokenizer import Tokenizer
@@ -140,7 +140,12 @@ def read_rows(path, keep_tokens=False):
     return rows
 
 
-def collect(path, questions, task, sampler, temperatures, description, keep_tokens=False):
+def id_of(row):
+    return row["id"]
+
+
+def collect(path, questions, task, sampler, temperatures, description, keep_tokens=False,
+            alone=False):
     """Sample each question once at each of `temperatures`. Append one line per question to `path`,
     as soon as its samples are complete.
 
@@ -151,10 +156,12 @@ def collect(path, questions, task, sampler, temperatures, description, keep_toke
             list of ids, or anything as long as that. A sample follows from seed, id and index
             alone.
         keep_tokens: each response has "tokens" too, the ids that were sampled.
+        alone: of several processes the first asks all questions; else each asks some.
     Questions that the file already has are not asked again. Prints the `shares` of the whole.
     Returns the rows {"id", "question", "responses"} in the order of `questions`. Ctrl-C ends the
     program; what is complete is on disk.
     """
+    run.merge(path, id_of)
     rows = read_rows(path, keep_tokens)
     if any([r["temperature"] for r in row["responses"]] != temperatures for row in rows.values()):
         sys.exit(f"{path} was sampled with other --samples or --temperatures. Give the same ones, "
@@ -165,17 +172,18 @@ def collect(path, questions, task, sampler, temperatures, description, keep_toke
         sys.exit(f"{path} holds another text of question {other[0]} than is asked now "
                  f"({len(other)} differ). Give another --out, or delete it and what was made from "
                  "it.")
-    todo = {q["id"]: q for q in questions if q["id"] not in rows}
-    append, waiting, spent, begun = files.Appender(path), {}, 0, time.monotonic()
-    bar = run.Bar(total=len(questions), initial=len(questions) - len(todo), desc=description,
-                  unit="q")
-    samples = sampler(list(todo.values()), temperatures, torch.initial_seed())
+    todo, idle = [q for q in questions if q["id"] not in rows], alone and parallel.rank() > 0
+    there = len(questions) - len(todo)
+    todo = {q["id"]: q for q in ([] if idle else todo if alone else parallel.deal(todo))}
+    append, waiting, spent = files.Appender(run.own_file(path)), {}, 0
+    begun = time.monotonic()
+    bar = run.Bar(total=there + len(todo), initial=there, desc=description, unit="q")
+    samples = (x for x in ()) if idle else sampler(list(todo.values()), temperatures,
+                                                   torch.initial_seed())
     with process.interruptible() as stop, bar, closing(samples):
         for sample in samples:
             if stop():
-                # Spares a second at exit: the last garbage collection skips all that torch made.
-                gc.freeze()
-                sys.exit(f"stopped: {len(rows)} questions are in {path}; the same command goes on")
+                break
             if sample is None:
                 continue
             id_, j, response, tokens = sample
@@ -196,6 +204,14 @@ def collect(path, questions, task, sampler, temperatures, description, keep_toke
                 seconds = time.monotonic() - begun
                 if seconds:
                     bar.set_postfix_str(f"{spent / seconds:.0f} tokens/s", refresh=False)
+        stopped = parallel.any_(stop())
+    if parallel.world() > 1:
+        run.merge(path, id_of)
+        rows = read_rows(path, keep_tokens)
+    if stopped:
+        # Spares a second at exit: the last garbage collection skips all that torch made.
+        gc.freeze()
+        sys.exit(f"stopped: {len(rows)} questions are in {path}; the same command goes on")
     rows = [rows[id_] for id_ in asked]
     show(rows, path, description)
     return rows
@@ -270,7 +286,8 @@ def label(rows, folder, min_agreement):
                  f"{folder / 'teacher.jsonl'}),\nthe others a tie, or less agreement than "
                  f"--min-agreement {min_agreement}. More --samples or less --min-agreement helps "
                  "against those.")
-    files.write_atomic(folder / "labels.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
+    if parallel.rank() == 0:
+        files.write_atomic(folder / "labels.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
     return votes
 
 
@@ -290,7 +307,7 @@ def main(argv=None):
     temperatures = [temperatures[j % len(temperatures)] for j in range(config.samples)]
     path, journal = folder / "teacher.jsonl", folder / "teacher.part.jsonl"
     if config.teacher_url:
-        if retry_failed:
+        if retry_failed and parallel.rank() == 0:
             reopen(path, journal)
 
         def sampler(asked, temperatures, seed):
@@ -318,12 +335,14 @@ def main(argv=None):
                         config.max_new_tokens, slots)
     # The vote is over all questions. Until they are sampled, no stage may use an earlier vote.
     (folder / "labels.jsonl").unlink(missing_ok=True)
-    rows = collect(path, questions, task, sampler, temperatures, "teacher")
+    rows = collect(path, questions, task, sampler, temperatures, "teacher",
+                   alone=bool(config.teacher_url))
     share = shares(rows)
     if config.teacher_url and share["failed"]:
         print("teacher: --retry-failed asks for those once more")
     # Samples of questions that this start did not ask for stay.
-    if {row["id"] for row in files.read_jsonl(journal)} <= {q["id"] for q in questions}:
+    if parallel.rank() == 0 and {row["id"] for row in files.read_jsonl(journal)} <= {
+            q["id"] for q in questions}:
         journal.unlink(missing_ok=True)
 
     votes = label(rows, folder, config.min_agreement)

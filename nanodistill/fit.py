@@ -360,6 +360,7 @@ class Choice:
     checkpoint: bool
     peak: int
     line: str
+    shards: int = 1
 
 
 def flags(stage, micro_batch, checkpoint, slots):

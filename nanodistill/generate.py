@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanodistill import cpu, lora
+from nanodistill import cpu, lora, parallel
 from nanodistill.batches import KVCache, NewTokens, on_device, pack
 from nanodistill.model import CausalLM
 from nanodistill.sampling import choose, stream_of, uniform
@@ -109,11 +109,11 @@ def positions_for(tokens, device):
 
 
 def copy_of(model, dtype):
-    """Another CausalLM on the same weights, or on copies of those that are not in `dtype`; adapters
-    are merged."""
+    """Another CausalLM on the same weights, or on copies of those that are not in `dtype` or split;
+    adapters are merged."""
     with torch.device("meta"):
         copy = CausalLM(model.config)
-    weights = {name: w.to(dtype) for name, w in lora.merged(model)}
+    weights = {name: parallel.whole(w.to(dtype)) for name, w in lora.merged(model)}
     copy.load_state_dict(weights, strict=False, assign=True)
     if model.config.tie_word_embeddings:
         copy.lm_head.weight = copy.model.embed_tokens.weight
@@ -354,8 +354,9 @@ def generate(model, prompts, *, eos_ids, pad_id, max_new_tokens, n=1, temperatur
     left = {(i, j): Job(i, j, ids[i], prompt, float(temperatures[j]), stream_of(seed, ids[i], j))
             for i, prompt in enumerate(prompts) for j in range(n)}
     dtype = model.model.dtype or model.head.dtype
-    if left and dtype != model.head.dtype:
-        # Else each step would cast all weights anew.
+    # Split weights are put together, by all processes, whatever is left to each. Weights in another
+    # dtype would be cast anew in each step.
+    if parallel.sharded(model.head) or left and dtype != model.head.dtype:
         model = copy_of(model, dtype)
     device, slots = model.head.device.type, min(slots, len(left))
     # A graph is recorded from a stream of the current device.

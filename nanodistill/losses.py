@@ -280,15 +280,6 @@ def _prepare(hidden, weight, denominator, temperature=1.0):
     return weight.detach().to(hidden.dtype), needs, inverse(denominator), inverse(temperature)
 
 
-def _whole(weight):
-    """A weight that FSDP2 has sharded, gathered; the mean of all processes' gradients goes back to
-    the shards, as FSDP2's own."""
-    if not hasattr(weight, "full_tensor"):
-        return weight
-    from torch.distributed.tensor import Partial
-    return weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
-
-
 # ---- the losses ----
 
 def linear_cross_entropy(hidden, weight, targets, denominator=None, ignore_index=-100):
@@ -303,7 +294,7 @@ def linear_cross_entropy(hidden, weight, targets, denominator=None, ignore_index
             that count in this call. With gradient accumulation give the whole batch's count, so
             that 1 or 4 micro-batches have the same gradient.
     """
-    weight, hidden, targets = _whole(weight), hidden.flatten(0, -2), targets.flatten()
+    hidden, targets = hidden.flatten(0, -2), targets.flatten()
     if ignore_index is not None:
         keep = targets != ignore_index
         hidden, targets = hidden[keep], targets[keep]                           # (N, D), (N,)
@@ -344,7 +335,7 @@ def linear_distillation(hidden, weight, teacher_hidden, teacher_weight, kind="fo
     """
     if kind not in ("forward_kl", "reverse_kl", "jsd"):
         raise ValueError(f"kind is {kind!r}, not forward_kl, reverse_kl or jsd")
-    weight, teacher_weight = _whole(weight), _whole(teacher_weight).detach()
+    teacher_weight = teacher_weight.detach()
     hidden, teacher_hidden = hidden.flatten(0, -2), teacher_hidden.detach().flatten(0, -2)
     if mask is not None:
         keep = mask.flatten()
@@ -426,7 +417,7 @@ def linear_logprobs(hidden, weight, targets, temperature=1.0, ignore_index=-100)
         # Even where hidden is NaN no gradient may become NaN.
         ignored = t == ignore_index
         h, t = h.masked_fill(ignored[:, None], 0), t.masked_fill(ignored, 0)
-    both = _Logprobs.apply(h, _whole(weight), t, temperature)                   # (N,) each
+    both = _Logprobs.apply(h, weight, t, temperature)                           # (N,) each
     if ignore_index is not None:
         both = (x.masked_fill(ignored, 0) for x in both)
     return tuple(x.view(targets.shape) for x in both)

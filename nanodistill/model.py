@@ -302,9 +302,13 @@ class CausalLM(nn.Module):
     def head(self):
         return self.lm_head.weight
 
-    def forward(self, batch):
-        """A batch as `Trunk` takes it -> logits (..., V), fp32."""
-        return self.lm_head(self.model(batch)).float()
+    def forward(self, batch, loss=None):
+        """A batch as `Trunk` takes it -> logits (..., V), fp32; or `loss(hidden states, head)`.
+
+        A fused loss is asked for so, for FSDP gathers split weights only in here.
+        """
+        hidden = self.model(batch)                                     # (..., D)
+        return self.lm_head(hidden).float() if loss is None else loss(hidden, self.head)
 
 
 class ScalarModel(nn.Module):

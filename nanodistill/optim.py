@@ -2,6 +2,8 @@
 
 import torch
 
+from nanodistill import parallel
+
 
 def schedule(step, steps, warmup, last):
     """The learning rate at step `step` (from 0) of `steps`, over --learning-rate.
@@ -19,11 +21,13 @@ def set_rate(optimizers, rate):
 
 
 def clipped_step(model, optimizers, max_norm):
-    """Scale the model's gradients down to `max_norm`, let the optimizers step, free the gradients.
+    """Sum the model's gradients over the processes, scale them down to `max_norm`, let the
+    optimizers step, free the gradients.
 
     Returns the norm before, a scalar tensor.
     """
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    parallel.sum_gradients(model)
+    norm = parallel.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

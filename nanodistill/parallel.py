@@ -16,6 +16,7 @@ does anything. This file imports torch only and can be copied out alone.
 import atexit
 import functools
 import os
+import socket
 from datetime import timedelta
 
 import torch
@@ -55,6 +56,17 @@ def start(device):
     dist.init_process_group(backend, timeout=timedelta(days=7))
     atexit.register(dist.destroy_process_group)
     return device
+
+
+def meeting_point():
+    """The environment in which as many children of these processes meet: at another port, where
+    the first of them listens."""
+    if world() == 1:
+        return {}
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = gather(free.getsockname()[1])[0]
+    return {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
 
 
 # ---- work and its results ----
@@ -130,6 +142,16 @@ def sharded(x):
     return hasattr(x, "full_tensor")
 
 
+def splits():
+    """Are any weights in this process split?"""
+    return _mesh.cache_info().currsize > 0
+
+
+def own(x):
+    """This process's part of a tensor."""
+    return x.to_local() if sharded(x) else x
+
+
 def sum_gradients(model):
     """Sum the gradients of a model that each process has whole; FSDP2 has summed its own."""
     sum_(*(p.grad for p in model.parameters() if p.grad is not None and not sharded(p)))
@@ -141,12 +163,12 @@ def whole(x):
 
 
 def to_save(tree):
-    """The tensors of a tree of dicts and lists, whole, on the CPU of process 0; the others take
+    """A tree of dicts and lists with its tensors whole, on the CPU of process 0; the others take
     part and get None."""
     def one(x):
         x = whole(x)
         return None if rank() else x.cpu() if isinstance(x, torch.Tensor) else x
-    return tree_map(one, tree)
+    return tree_map(one, tree) if world() > 1 else tree
 
 
 def like(x, parameter):

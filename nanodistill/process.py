@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from nanodistill import parallel
+
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)           # Ctrl-C, kill, a dropped ssh
 
@@ -33,8 +35,13 @@ def guard(main):
     for number in STOPS:
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, stop)
+    # Of several processes the first prints; the messages of one on each machine are shown.
+    if parallel.rank():
+        sys.stdout = open(os.devnull, "w")
     try:
         main()
+    except SystemExit as error:
+        sys.exit(1 if error.code and int(os.environ.get("LOCAL_RANK", 0)) else error.code)
     except KeyboardInterrupt:
         sys.exit("stopped at once. What was saved is whole; the same command goes on from there.")
     except FloatingPointError as error:
@@ -118,7 +125,8 @@ def take(folder, patience=15.0):
             threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     if folder not in _taken:
         file, until = open(folder / ".lock", "a+"), time.monotonic() + patience
-        while True:
+        # Of several processes the first has it for all.
+        while parallel.rank() == 0:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
@@ -134,6 +142,8 @@ def take(folder, patience=15.0):
 
 def sign(file):
     """Write into a lock who has it."""
+    if parallel.rank():
+        return
     file.seek(0)
     file.truncate()
     file.write(f"process {os.getpid()} on {socket.gethostname()} ({Path(sys.argv[0]).name})")
@@ -144,14 +154,19 @@ def end_with(parent):
     """Stop this process as SIGTERM does when the other end of a pipe is closed."""
     os.read(parent, 1)
     os.kill(os.getpid(), signal.SIGTERM)
+    if parallel.world() > 1:
+        # It may wait for a process that is gone, and never see that signal.
+        time.sleep(60)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def need(there, path, script, config):
-    """Unless `path` is there, run the stage that makes it, and say so.
+    """Unless `path` is there, run the stage that makes it, on as many processes, and say so.
 
     That stage takes its settings from settings.json.
     """
-    if there:
+    # The first process's view counts: a shared folder may show the others an older one.
+    if parallel.gather(there)[0]:
         return
     print(f"\n{path} is missing: running {script}", flush=True)
     command = [sys.executable, str(Path(__file__).parent.parent / script), "--out", config.out]
@@ -169,7 +184,8 @@ def need(there, path, script, config):
     with on_stop(handler):
         started = subprocess.Popen(
             command, start_new_session=True, pass_fds=(lock.fileno(), parent),
-            env={**os.environ, "NANODISTILL_LOCK": f"{lock.fileno()} {parent}"})
+            env={**os.environ, "NANODISTILL_LOCK": f"{lock.fileno()} {parent}",
+                 **parallel.meeting_point()})
         early, child = [*came], started
         for number in early:
             child.send_signal(number)
@@ -181,3 +197,4 @@ def need(there, path, script, config):
                  "from what was saved")
     if code or came:
         sys.exit(code or "stopped; the same command goes on from here")
+    parallel.gather(None)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nanodistill import parallel
 from nanodistill.batches import Packed, on_device, pack, ranges
 from nanodistill.losses import linear_logprobs
 
@@ -60,15 +61,8 @@ def minibatches(count, size, epochs, rng):
 
 
 def alike(indices, rows, size):
-    """Yield `indices` in lists of `size` whose rows have like lengths."""
-    ordered = sorted(indices, key=lambda b: len(rows[b]))
-    for start in range(0, len(ordered), size):
-        yield ordered[start:start + size]
-
-
-def before_each(model, batch):
-    """What `model` gives at the token before each response token, (M, ...)."""
-    return model(batch.packed).index_select(0, batch.packed.last)
+    """`parallel.micro_batches` of `indices`: `size` at a time, whose rows have like lengths."""
+    return parallel.micro_batches(sorted(indices, key=lambda b: len(rows[b])), size)
 
 
 def logprobs(model, batch, temperature):
@@ -77,12 +71,15 @@ def logprobs(model, batch, temperature):
     Args:
         model: a CausalLM. temperature: that of the sampling.
     """
-    hidden = before_each(model.model, batch)                                   # (M, D)
-    chosen, entropy = linear_logprobs(
-        hidden, model.head, batch.targets, temperature, ignore_index=None)
+    def loss(hidden, head):
+        before_each = hidden.index_select(0, batch.packed.last)                # (M, D)
+        return linear_logprobs(before_each, head, batch.targets, temperature, ignore_index=None)
+
+    chosen, entropy = model(batch.packed, loss)                                # (M,) both
     return batch.grid(chosen), batch.grid(entropy)
 
 
 def values(model, batch, squash):
     """What a ScalarModel expects before each response token, `squash`ed: (B, R)."""
-    return batch.grid(squash(before_each(model, batch)))
+    before_each = model(batch.packed).index_select(0, batch.packed.last)       # (M,)
+    return batch.grid(squash(before_each))

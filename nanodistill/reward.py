@@ -7,6 +7,7 @@ ended. Sequences are packed: neither batch mates nor any padding change it.
 import torch
 import torch.nn.functional as F
 
+from nanodistill import parallel
 from nanodistill.batches import pack
 
 
@@ -23,9 +24,12 @@ def score_sequences(model, rows, batch_size=16):
     `batch_size` rows of like length at a time; no score depends on it.
     """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    parts = [score(model, [rows[i] for i in order[start:start + batch_size]])
-             for start in range(0, len(rows), batch_size)]
-    scores = dict(zip(order, torch.cat(parts).tolist() if parts else []))
+    parts = [score(model, [rows[i] for i in some])[:len(some) * real]
+             for some, real in parallel.micro_batches(order, batch_size)]
+    mine = torch.cat(parts).tolist() if parts else []
+    scores = {}
+    for part in parallel.gather(dict(zip(parallel.deal(order), mine))):
+        scores |= part
     return [scores[i] for i in range(len(rows))]
 
 

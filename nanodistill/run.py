@@ -13,6 +13,7 @@ All that a stage reads and writes lies in one run folder:
 One process at a time has the folder, and hands it on to the stages that it runs.
 """
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -26,26 +27,27 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nanodistill import files, fit, lora, process, settings
+from nanodistill import files, fit, lora, parallel, process, settings
 
 
 def start(configs, stage):
-    """Make the run folder, take it, write its settings, fix the threads, seed everything.
+    """Join the other processes, make the run folder, take it, write its settings, fix the threads,
+    seed everything.
 
     Returns (folder Path, device, dtype of the arithmetic).
     """
     config = configs[stage]
-    folder = Path(config.out)
+    folder, device = Path(config.out), parallel.start(fit.pick_device(config.device))
     folder.mkdir(parents=True, exist_ok=True)
     process.take(folder)
-    settings.save(folder, stage, configs)
+    if parallel.rank() == 0:
+        settings.save(folder, stage, configs)
     if config.threads:
         torch.set_num_threads(config.threads)
     # Each stage has a random stream of its own.
     seed = random.Random(f"{stage} {config.seed}").getrandbits(32)
     random.seed(seed)
     torch.manual_seed(seed)
-    device = fit.pick_device(config.device)
     if device.type == "cuda":
         torch.backends.cuda.matmul.fp32_precision = "tf32"
     return folder, device, fit.pick_dtype(config.dtype, device)
@@ -69,20 +71,20 @@ def fitted(stage, config, model, dtype, device, prompt, response, batch=0, jobs=
     except ValueError as error:
         sys.exit(str(error))
     print(f"{stage}: {choice.line}")
-    return choice
+    return dataclasses.replace(choice, shards=config.shards or choice.shards)
 
 
 def halve_when_full(work, size, *args):
     """`work(size, *args)`; where memory runs out, again with half the size. -> (result, size).
 
-    size: the stage's --micro-batch. `work` must begin anew each time. Where size 1 is too much the
-    error stays: see process.guard.
+    size: the stage's --micro-batch. `work` must begin anew each time. Where size 1 is too much, or
+    other processes with parts of the same weights are at work, the error stays: see process.guard.
     """
     while True:
         try:
             return work(size, *args), size
         except RuntimeError as error:
-            if not process.memory_is_full(error) or size == 1:
+            if not process.memory_is_full(error) or size == 1 or parallel.splits():
                 raise
         # Not inside `except`, where the traceback still holds the failed attempt's tensors.
         size //= 2
@@ -93,9 +95,11 @@ def halve_when_full(work, size, *args):
 
 
 class Bar(tqdm):
-    """A progress bar that ends in [passed < left of the whole]."""
+    """A progress bar that ends in [passed < left of the whole]; of several processes, the first's.
+    """
 
     def __init__(self, *args, **kwargs):
+        kwargs["disable"] = parallel.rank() > 0
         kwargs.setdefault("bar_format", "{l_bar}{bar}| {n_fmt}/{total_fmt} "
                           "[{elapsed}<{remaining} of {whole}, {rate_fmt}{postfix}]")
         super().__init__(*args, **kwargs)
@@ -126,8 +130,9 @@ class Metrics:
     """
 
     def __init__(self, folder, stage, anew=True):
-        self.append, self.stage = files.Appender(folder / "metrics.jsonl"), stage
-        self.begun = time.monotonic()
+        self.stage, self.begun = stage, time.monotonic()
+        self.append = (lambda row: None) if parallel.rank() else files.Appender(
+            folder / "metrics.jsonl")
         if anew:
             self.append({"stage": stage, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
 
@@ -174,13 +179,38 @@ class Watch:
 
     def settle(self, *models):
         tensors = [torch.stack(self.values)] if self.values else []
-        tensors += [p for m in models for p in m.parameters()]
+        tensors += [parallel.own(p) for m in models for p in m.parameters()]
         self.values = []
-        if tensors and not torch.stack([x.isfinite().all() for x in tensors]).all():
+        bad = tensors and not torch.stack([x.isfinite().all() for x in tensors]).all()
+        # Of split weights each process sees its own.
+        if parallel.any_(bool(bad)) if models else bad:
             raise FloatingPointError(
                 f"{self.stage}: nan or inf in step {self.step}'s loss, gradients or weights: "
                 f"stopped. Nothing of it was saved; a {self.stage}/resume.pt is of before it.\n"
                 "Start again with a lower --learning-rate: in another --out, or without that file.")
+
+
+# ---- what several processes write ----
+
+def own_file(path):
+    """The JSONL file that this process appends to: the first to `path`, others beside it."""
+    return path.with_name(f"{path.name}.{parallel.rank()}") if parallel.rank() else path
+
+
+def merge(path, key):
+    """Append to `path` what other processes have written beside it, now or before they were
+    stopped, less the rows whose `key(row)` it has. All wait until that is done."""
+    parts = sorted(path.parent.glob(f"{path.name}.[0-9]*"))
+    # Whoever still writes waits here.
+    parallel.gather(None)
+    if parts and parallel.rank() == 0:
+        known, append = set(map(key, files.read_jsonl(path))), files.Appender(path)
+        for part in parts:
+            for row in files.read_jsonl(part):
+                if key(row) not in known:
+                    append(row)
+            part.unlink()
+    parallel.gather(None)
 
 
 # ---- what an artefact was made from ----
@@ -210,7 +240,7 @@ def made_from(folder, name, *inputs):
     Raises SystemExit if anything in the folder was made from other inputs than lie there now.
     """
     refuse_stale(folder)
-    if not settings.begun(folder / name):
+    if not settings.begun(folder / name) and parallel.rank() == 0:
         now = {str(i): files.digest(folder / i) for i in inputs}
         files.write_atomic(folder / "inputs.json",
                            json.dumps({**_inputs(folder), name: now}, indent=1) + "\n")
@@ -238,7 +268,7 @@ def _inputs(folder):
 # ---- checkpoints ----
 
 def save_checkpoint(path, config, parts=None, **state):
-    """State for an exact resume. The file is complete or absent.
+    """State for an exact resume, on any number of processes. The file is complete or absent.
 
     Args:
         parts: {name: model or optimizer}: what is trained of a model, an optimizer's state.
@@ -246,9 +276,9 @@ def save_checkpoint(path, config, parts=None, **state):
     """
     state |= {name: lora.trained(part) if isinstance(part, torch.nn.Module) else part.state_dict()
               for name, part in (parts or {}).items()}
-    streams = {"torch": torch.get_rng_state(), "python": json.dumps(random.getstate()),
-               "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-    whole = {**state, "config": dataclasses.asdict(config), "streams": streams}
+    whole = parallel.to_save({**state, "config": dataclasses.asdict(config)})
+    if parallel.rank():
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -270,7 +300,9 @@ def load_checkpoint(path, config, parts=None):
         with zipfile.ZipFile(path) as archive:                   # torch.load looks at no checksum
             if archive.testzip():
                 raise ValueError
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped, where each process keeps a part of it.
+        mapped = parallel.splits()
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         before, saved = state["config"], {name: state[name] for name in parts or {}}
         for name, value in saved.items():
             if isinstance(parts[name], torch.nn.Module):
@@ -288,15 +320,22 @@ def load_checkpoint(path, config, parts=None):
                          "same ones, another --out, or delete it.")
     for name, value in saved.items():
         if isinstance(parts[name], torch.nn.Module):
-            parts[name].load_state_dict(value, strict=False)
+            put_back(parts[name], value)
         else:
+            owners = [p for group in parts[name].param_groups for p in group["params"]]
+            value["state"] = {i: {key: parallel.like(x, owners[i]) if torch.is_tensor(x) else x
+                                  for key, x in of.items()} for i, of in value["state"].items()}
             parts[name].load_state_dict(value)
-    torch.set_rng_state(state["streams"]["torch"])
-    version, internal, gauss = json.loads(state["streams"]["python"])
-    random.setstate((version, tuple(internal), gauss))
-    if torch.cuda.is_available() and state["streams"]["cuda"]:
-        torch.cuda.set_rng_state_all(state["streams"]["cuda"])
-    return state
+    # What stays must not be in a file that the next checkpoint replaces.
+    return {name: copy.deepcopy(x) if mapped else x for name, x in state.items()
+            if name not in saved}
+
+
+def put_back(model, trained):
+    """Load what is trained of a model from {name: tensor}, whole or split as the model is."""
+    own = lora.trained(model)
+    model.load_state_dict({name: parallel.like(x, own[name]) for name, x in trained.items()},
+                          strict=False)
 
 
 def every(minutes):

@@ -87,6 +87,8 @@ class Common:
                        ("auto", "cuda", "mps", "cpu"), result=False)
     dtype: str = flag("auto", "of the arithmetic; trained weights stay fp32; auto: bf16 on CUDA, "
                       "else fp32", ("auto", "bf16", "fp32"), result=False)
+    shards: int = flag(0, "processes that weights are split over; 0 = none, where they fit whole",
+                       least=0, result=False)
     threads: int = flag(0, "CPU threads; 0 = PyTorch's choice", least=0, result=False)
 
     def problems(self, given):

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from nanodistill import lora, losses
+from nanodistill import lora, losses, parallel
 from nanodistill.files import write_together
 from nanodistill.model import CausalLM, Config, ScalarModel
 from nanodistill.tokenizer import Tokenizer, read_json
@@ -154,13 +154,15 @@ def on_host(model):
     return {name: p.detach().to("cpu", copy=True) for name, p in lora.trained(model).items()}
 
 
-def load(folder, kind=CausalLM, device="cpu", dtype=torch.float32):
+def load(folder, kind=CausalLM, device="cpu", dtype=torch.float32, shards=1, arithmetic=None):
     """The model of an HF folder, in evaluation mode.
 
     Args:
         kind: CausalLM or ScalarModel. A ScalarModel may be loaded from a causal LM's folder: its
             head starts at zero.
         dtype: of the stored parameters; torch.float32 for what will be trained.
+        shards: processes that the weights are split over (parallel.shard), each tensor as it is
+            read: none ever holds a whole model. arithmetic: its dtype then; None: `dtype`.
     Raises:
         ValueError: keys missing, left over or misshapen (all are named), or a config this model
             does not compute.
@@ -168,6 +170,7 @@ def load(folder, kind=CausalLM, device="cpu", dtype=torch.float32):
     folder = Path(folder)
     with torch.device("meta"):
         model = kind(load_config(folder))
+    parallel.shard(model, shards, device, arithmetic or dtype)
     # A tied head may be stored too: it must be the embedding.
     wanted = dict(model.named_parameters(remove_duplicate=False))
     files = _files(folder)
@@ -193,12 +196,13 @@ def load(folder, kind=CausalLM, device="cpu", dtype=torch.float32):
                 if tensor.shape != wanted[name].shape:
                     problems.append(f"{name} has shape {tuple(tensor.shape)}, "
                                     f"not {tuple(wanted[name].shape)}")
-                loaded[name] = tensor = tensor.to(device, dtype)
+                tensor = tensor.to(device, dtype)
+                loaded[name] = parallel.like(tensor, wanted[name])
                 # The sum is quick, and a number that is not finite spoils it. But large finite ones
                 # may overflow it too, so then each is looked at.
                 if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
                     problems.append(f"{name} holds NaN or infinite numbers")
-    pair = [loaded[name] for name in ("lm_head.weight", "model.embed_tokens.weight")
+    pair = [parallel.whole(loaded[name]) for name in ("lm_head.weight", "model.embed_tokens.weight")
             if tied and name in loaded]
     if len(pair) == 2 and not torch.equal(*pair):
         problems.append("lm_head.weight differs from model.embed_tokens.weight, though config.json "
@@ -206,8 +210,9 @@ def load(folder, kind=CausalLM, device="cpu", dtype=torch.float32):
     if problems:
         raise ValueError(f"{folder} does not fit {kind.__name__}: {'; '.join(problems)}")
     if fresh_head:
-        shape = wanted["score.weight"].shape
-        loaded["score.weight"] = torch.zeros(shape, device=device, dtype=dtype)
+        head = wanted["score.weight"]
+        loaded["score.weight"] = parallel.like(
+            torch.zeros(head.shape, device=device, dtype=dtype), head)
     model.load_state_dict(loaded, strict=False, assign=True)
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -216,10 +221,10 @@ def load(folder, kind=CausalLM, device="cpu", dtype=torch.float32):
     return model.requires_grad_(True).eval()
 
 
-def load_to_train(folder, kind, device, dtype, rank=0):
+def load_to_train(folder, kind, device, dtype, rank=0, shards=1):
     """The model of a folder for training, with arithmetic in `dtype`: fp32 weights; or, with a
-    `rank`, frozen ones in `dtype` and new adapters in fp32."""
-    model = load(folder, kind, device, dtype if rank else torch.float32)
+    `rank`, frozen ones in `dtype` and new adapters in fp32. shards: as `load` takes it."""
+    model = load(folder, kind, device, dtype if rank else torch.float32, shards, dtype)
     model.model.dtype = dtype
     return lora.adapt(model, rank) if rank else model
 
@@ -232,13 +237,24 @@ def save(model, folder, tokenizer_from, dtype=None, shard_bytes=5 * 10**9, base=
     `dtype` torch.bfloat16 stores the weights in bf16. Above `shard_bytes` they go into several
     files with an index. If writing fails, the weights that were there stay. If it is cut off while
     the new files are renamed, the folder is not `complete`. Adapters are written first, beside the
-    weights that they are merged into; `base` names their trunk.
+    weights that they are merged into; `base` names their trunk. Of several processes the first
+    writes, and the others wait until all is there.
     """
-    folder, source, config = Path(folder), Path(tokenizer_from), model.config
+    tensors = {}
+    for name, p in lora.merged(model):
+        p = parallel.whole(p)
+        if parallel.rank() == 0:
+            tensors[name] = p.to("cpu", dtype or p.dtype).contiguous()
+    if parallel.rank() == 0:
+        _write(model, tensors, Path(folder), Path(tokenizer_from), shard_bytes, base)
+    parallel.gather(None)
+
+
+def _write(model, tensors, folder, source, shard_bytes, base):
+    config = model.config
     folder.mkdir(parents=True, exist_ok=True)
     if any(isinstance(module, lora.LoRALinear) for module in model.modules()):
         save_adapter(model, folder / ADAPTER, base)
-    tensors = {name: p.to("cpu", dtype or p.dtype).contiguous() for name, p in lora.merged(model)}
 
     tokenizer = Tokenizer(source)
     files, pad = tokenizer.files(), tokenizer.pad_id

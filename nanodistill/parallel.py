@@ -17,6 +17,7 @@ import atexit
 import functools
 import os
 import socket
+import warnings
 from datetime import timedelta
 
 import torch
@@ -127,6 +128,8 @@ def shard(model, shards, device, dtype):
     fp32. Such a model must be called itself, not its parts, and by all processes."""
     if shards > 1:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        # Nobody changes in place what such a model returns.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
                                       cast_forward_inputs=False)
         for part in (*model.model.layers, model):
@@ -134,6 +137,9 @@ def shard(model, shards, device, dtype):
             part.set_gradient_divide_factor(1.0)
             # gloo can sum, but not scale and sum.
             part.set_force_sum_reduction_for_comms(True)
+        # Embedding and head stay gathered for a backward pass, if there will be one.
+        model.register_forward_hook(
+            lambda model, *_: None if torch.is_grad_enabled() else model.reshard())
     return model
 
 

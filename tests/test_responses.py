@@ -66,4 +66,4 @@ def test_each_epoch_uses_every_response_once_in_another_order():
 
 
 def test_rows_of_like_length_are_taken_together():
-    assert list(responses.alike([2, 1, 0], ROWS, 2)) == [[1, 0], [2]]
+    assert list(responses.alike([2, 1, 0], ROWS, 2)) == [([1, 0], 1), ([2], 1)]

@@ -186,6 +186,7 @@ def gradients(micro_batch, config, models, optimizers, minibatch, experience):
         parts.append({**measured, "policy_loss": policy_loss.detach(),
                       "value_loss": value_loss.detach()})
     measured = total(parts)
+    parallel.sum_gradients(policy, value_model)
     parallel.sum_(*measured.values())
     return measured
 

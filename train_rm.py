@@ -143,6 +143,7 @@ def gradients(micro_batch, config, model, optimizers, batch):
             loss = real * summed_bce(model, some, len(batch), tokens, config.token_loss)
         loss.backward()
         total += loss.detach()
+    parallel.sum_gradients(model)
     parallel.sum_(total)
     return total
 

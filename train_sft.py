@@ -94,6 +94,7 @@ def gradients(micro_batch, model, optimizer, rows):
         loss = real * summed_loss(model, some, tokens)
         loss.backward()
         total += loss.detach()
+    parallel.sum_gradients(model)
     parallel.sum_(total)
     return total
 

@@ -2,8 +2,6 @@
 
 import torch
 
-from nanodistill import parallel
-
 
 def schedule(step, steps, warmup, last):
     """The learning rate at step `step` (from 0) of `steps`, over --learning-rate.
@@ -21,13 +19,13 @@ def set_rate(optimizers, rate):
 
 
 def clipped_step(model, optimizers, max_norm):
-    """Sum the model's gradients over the processes, scale them down to `max_norm`, let the
-    optimizers step, free the gradients.
+    """Scale the model's gradients down to `max_norm`, let the optimizers step, free the gradients.
 
     Returns the norm before, a scalar tensor.
     """
-    parallel.sum_gradients(model)
-    norm = parallel.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    # Of weights that are split over processes, it is yet to be summed.
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -158,9 +158,10 @@ def own(x):
     return x.to_local() if sharded(x) else x
 
 
-def sum_gradients(model):
-    """Sum the gradients of a model that each process has whole; FSDP2 has summed its own."""
-    sum_(*(p.grad for p in model.parameters() if p.grad is not None and not sharded(p)))
+def sum_gradients(*models):
+    """Sum the gradients of models that each process has whole; FSDP2 has summed its own."""
+    sum_(*(p.grad for model in models for p in model.parameters()
+           if p.grad is not None and not sharded(p)))
 
 
 def whole(x):

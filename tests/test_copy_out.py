@@ -18,6 +18,7 @@ USES = {
     "losses": "assert losses.linear_logprobs(torch.randn(3, 4), torch.randn(5, 4), "
               "torch.tensor([0, 1, 4]))[0].shape == (3,)",
     "optim": "assert optim.schedule(9, 10, 0.1, 0.0) == 1 - 0.9",
+    "parallel": "assert [*parallel.micro_batches([4, 5, 6], 2)] == [([4, 5], 1), ([6], 1)]",
     "ppo": "assert ppo.gae(torch.ones(1, 2), torch.zeros(1, 2), torch.ones(1, 2).bool())[0].shape "
            "== (1, 2)",
     "sampling": "ones = torch.ones(1); assert sampling.choose(torch.tensor([[0.0, 99.0]]), ones, "

@@ -4,7 +4,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -484,59 +483,3 @@ def test_a_loss_kept_for_another_backward_gives_the_same_gradient_again():
     torch.testing.assert_close(again, first, rtol=0, atol=0)
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(loss, (hidden, weight))
-
-
-def shard(rank, folder):
-    """One of two processes: a model sharded by FSDP2, checkpointed activations, two accumulated
-    micro-batches, a hook; saves what the gradients are."""
-    from conftest import random_model
-    from torch.distributed.fsdp import fully_shard
-    from torch.utils.checkpoint import checkpoint
-
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank,
-                                         world_size=2)
-    model, hooked = random_model(seed=3), []
-    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
-    for part in (*model.model.layers, model.model, model.lm_head):
-        fully_shard(part, mesh=mesh)
-    model.lm_head.weight.register_post_accumulate_grad_hook(
-        lambda p: hooked.append(p.grad.to_local().clone()))
-    for ids in token_ids().chunk(2)[rank].chunk(2):
-        hidden = checkpoint(model.model, ids[:, :-1], use_reentrant=False)
-        logprobs, entropy = linear_logprobs(hidden, model.head, ids[:, 1:])
-        loss = linear_cross_entropy(hidden, model.head, ids[:, 1:], 100)
-        (loss + (0.1 * logprobs**2 + entropy).mean()).backward()
-    assert hooked and torch.equal(hooked[-1], model.lm_head.weight.grad.to_local())
-    for name in ("model.layers.0.mlp.up_proj.weight", "lm_head.weight"):
-        whole = model.get_parameter(name).grad.full_tensor()
-        if rank == 0:
-            torch.save(whole, folder / name)
-    # Gloo's threads now and then abort a process that ends in the usual way beside another: each
-    # waits until the other has nothing left to ask of it, and leaves without clearing up.
-    (folder / f"{rank} is done").touch()
-    while not (folder / f"{1 - rank} is done").exists():
-        time.sleep(0.01)
-    os._exit(0)
-
-
-def token_ids():
-    return (torch.arange(8)[:, None] * 3 + torch.arange(20)) % 96
-
-
-def test_sharded_checkpointed_and_accumulated_gradients_are_those_of_one_process(tmp_path):
-    from conftest import random_model
-
-    torch.multiprocessing.spawn(shard, (tmp_path,), nprocs=2)
-    model = random_model(seed=3)
-    for ids in token_ids().chunk(4):
-        hidden = model.model(ids[:, :-1])
-        logits = torch.log_softmax(hidden @ model.head.T, -1).flatten(0, 1)
-        logprobs = logits.gather(1, ids[:, 1:].flatten()[:, None]).squeeze(1)
-        entropy = -(logits.exp() * logits).sum(-1)
-        loss = -logprobs.sum() / 100 + (0.1 * logprobs**2 + entropy).mean()
-        # FSDP takes the mean of both processes.
-        (loss / 2).backward()
-    for name in ("model.layers.0.mlp.up_proj.weight", "lm_head.weight"):
-        sharded = torch.load(tmp_path / name, weights_only=True)
-        torch.testing.assert_close(sharded, model.get_parameter(name).grad, rtol=1e-3, atol=1e-6)

@@ -1,7 +1,6 @@
 """Flags, JSONL that survives a torn line, checkpoints that refuse other settings."""
 
 import dataclasses
-import random
 
 import pytest
 import torch
@@ -36,14 +35,11 @@ def test_a_step_done_again_counts_once(tmp_path):
     assert run.read_metrics(tmp_path, "rl") == {1: {"stage": "rl", "step": 1, "loss": 3.0}}
 
 
-def test_checkpoint_brings_back_state_and_random_streams(tmp_path):
+def test_checkpoint_brings_back_state(tmp_path):
     config = Config()
     run.save_checkpoint(tmp_path / "resume.pt", config, weight=torch.ones(2))
-    expected = torch.rand(3), random.random()
-    torch.rand(5), random.random()
     state = run.load_checkpoint(tmp_path / "resume.pt", config)
     assert torch.equal(state["weight"], torch.ones(2))
-    assert torch.equal(torch.rand(3), expected[0]) and random.random() == expected[1]
     assert run.load_checkpoint(tmp_path / "none.pt", config) is None
     run.load_checkpoint(tmp_path / "resume.pt", dataclasses.replace(config, out="elsewhere"))
     with pytest.raises(SystemExit, match="steps was 10, is 99"):         # the schedule would jump

@@ -212,10 +212,11 @@ def test_two_parts_of_a_layer_are_compiled_for_all_layers_lengths_and_steps(
     with torch._dynamo.config.patch(error_on_recompile=True):
         for lengths, trunk.checkpoint in [((2, 1), False), ((7, 30, 4), False), ((8, 25), True)]:
             alone, hidden, gradients = run(lengths, compiled=True)
-            # PPO's first ratio is 1.
-            assert torch.equal(alone, hidden)
+            # PPO's first ratio is 1. (On an H100 it is so in bf16 too; on a CPU with amx_bf16 the
+            # compiler takes other bf16 products where there are no gradients.)
+            assert torch.equal(alone, hidden) or dtype == torch.bfloat16
             eager, truth = run(lengths, False), run(lengths, False, torch.float32)
-            for got, rounded, exact in zip((hidden, gradients), eager[1:], truth[1:]):
+            for got, rounded, exact in zip((alone, hidden, gradients), eager, truth):
                 assert (got - exact).norm() < 1.3 * (rounded - exact).norm() + 1e-5 * exact.norm()
         trunk.compiled = True
         other = lora.share(model)

@@ -40,7 +40,7 @@ from nanodistill import (
     weights,
 )
 from nanodistill.batches import on_device
-from nanodistill.generate import generate
+from nanodistill.generate import sample_all
 from nanodistill.model import CausalLM, ScalarModel
 from nanodistill.reward import score
 from nanodistill.settings import Common, flag
@@ -231,6 +231,7 @@ def train(config, folder, device, dtype):
     reward_model.requires_grad_(False)
     policy.model.checkpoint = value_model.model.checkpoint = choice.checkpoint
     models = policy, reference, reward_model, value_model
+    run.compile_layers(config.steps * B, *models)
 
     # ---- optimizers ----
     optimizers = policy_optimizer, value_optimizer = [torch.optim.AdamW(
@@ -265,16 +266,10 @@ def train(config, folder, device, dtype):
             # There may be fewer questions than a step wants.
             chosen += rng.choices(questions, k=config.prompts - len(chosen))
             ids = [q["id"] for q in chosen for _ in range(config.samples)]     # B
-            # Each process has some answered; no sample depends on which.
-            mine = parallel.deal(range(config.prompts))
-            done = generate(
-                policy, [prompts[chosen[i]["id"]] for i in mine], ids=[*map(str, mine)],
-                n=config.samples, temperature=config.temperature,
-                max_new_tokens=config.max_new_tokens, slots=slots, eos_ids=tokenizer.eos_ids,
-                pad_id=tokenizer.pad_id, seed=rng.getrandbits(63))
-            done = {(mine[k], j): sample for k, j, sample in done}
-            done = {at: sample for part in parallel.gather(done) for at, sample in part.items()}
-            samples = [done[i, j] for i in range(config.prompts) for j in range(config.samples)]
+            samples = sample_all(
+                policy, [prompts[q["id"]] for q in chosen], n=config.samples,
+                temperature=config.temperature, max_new_tokens=config.max_new_tokens, slots=slots,
+                eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id, seed=rng.getrandbits(63))
             rows = [prompts[id_] + s.tokens for id_, s in zip(ids, samples)]
             counts = [len(s.tokens) for s in samples]
             ended, = on_device(device, [s.ended for s in samples])             # (B,)
@@ -284,8 +279,9 @@ def train(config, folder, device, dtype):
             # The reward model has learned one stop token: it stands for whichever came.
             closed = [row[:-1] + [tokenizer.eos_ids[0]] if s.ended else row
                       for row, s in zip(rows, samples)]
-            (old_logprobs, entropy, ref_logprobs, old_values, scores), micro_batch = \
-                run.halve_when_full(describe, micro_batch, config, models, rows, counts, closed)
+            said, micro_batch = run.halve_when_full(describe, micro_batch, config, models, rows,
+                                                    counts, closed)
+            old_logprobs, entropy, ref_logprobs, old_values, scores = said
 
             # ---- 3. rewards: the score at the last token, less the drift from the reference ----
             shaped = ppo.whiten(scores, torch.ones_like(ended)) if config.whiten_scores else scores

@@ -218,6 +218,7 @@ def train(config, folder, device, dtype):
     model = weights.load_to_train(folder / "sft", ScalarModel, device, dtype, config.lora,
                                   choice.shards)
     model.model.checkpoint = choice.checkpoint
+    run.compile_layers(steps * batch_size, model)
     if config.lora:
         print(f"rm: {lora.described(model)}")
     # Of a few thousand labels the tiny reward model learns far more facts with Muon: AUC 0.85 after

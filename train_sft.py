@@ -153,6 +153,7 @@ def train(config, folder, source, device, dtype):
     micro_batch = choice.micro_batch
     model = weights.load_to_train(source, CausalLM, device, dtype, config.lora, choice.shards)
     model.model.checkpoint = choice.checkpoint
+    run.compile_layers(steps * batch_size, model)
     if config.lora:
         print(f"sft: {lora.described(model)}")
     optimizer = torch.optim.AdamW(lora.trained(model).values(), lr=0.0, betas=(0.9, 0.95),

@@ -380,6 +380,16 @@ def generate(model, prompts, *, eos_ids, pad_id, max_new_tokens, n=1, temperatur
               file=sys.stderr)
 
 
+def sample_all(model, prompts, n=1, **how):
+    """`generate`, whose prompts are dealt out to the processes: -> the Samples of all, in every
+    process, n of each prompt in turn. No sample depends on the number of processes."""
+    mine = parallel.deal(range(len(prompts)))
+    done = generate(model, [prompts[i] for i in mine], ids=[*map(str, mine)], n=n, **how)
+    done = {(mine[k], j): sample for k, j, sample in done}
+    done = {at: sample for part in parallel.gather(done) for at, sample in part.items()}
+    return [done[at] for at in sorted(done)]
+
+
 def respond(model, tokenizer, prompts, **how):
     """`generate` for {id: prompt ids}: yields (id, sample index, text, Sample), each as it ends.
 

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nanodistill import files, fit, lora, parallel, process, settings
+from nanodistill import files, fit, lora, losses, parallel, process, settings
 
 
 def start(configs, stage):
@@ -72,6 +72,20 @@ def fitted(stage, config, model, dtype, device, prompt, response, batch=0, jobs=
         sys.exit(str(error))
     print(f"{stage}: {choice.line}")
     return dataclasses.replace(choice, shards=config.shards or choice.shards)
+
+
+def compile_layers(sequences, *models):
+    """In fp32 on a CPU compiled layers take a fifth off a step of the tiny default, and half a
+    minute once (docs/log.md): so where a stage sees so many sequences. weights.load does it for
+    CUDA. In bf16 passes with and without gradients may round otherwise, which PPO's first ratio
+    forbids; with adapters it gains nothing.
+    """
+    for model in models if sequences >= 20_000 else ():
+        plain = model.model.dtype in (None, torch.float32) and not any(
+            isinstance(m, lora.LoRALinear) for m in model.modules())
+        weight = model.model.embed_tokens.weight
+        if weight.device.type == "cpu" and weight.dtype == torch.float32 and plain:
+            model.model.compiled = not losses.no_compiler("cpu")
 
 
 def halve_when_full(work, size, *args):
@@ -339,12 +353,13 @@ def put_back(model, trained):
 
 
 def every(minutes):
-    """-> a function that is True when about `minutes` have gone by since it last was."""
+    """-> a function that is True, in all processes, when about `minutes` have gone by since it
+    last was."""
     last = time.monotonic()
 
     def due():
         nonlocal last
-        if time.monotonic() - last < 60 * minutes:
+        if not parallel.any_(time.monotonic() - last >= 60 * minutes):
             return False
         last = time.monotonic()
         return True

@@ -39,24 +39,27 @@ def world():
     return _torchrun("WORLD_SIZE", 1)
 
 
+def local_rank():
+    """This process's number among those on its machine."""
+    return _torchrun("LOCAL_RANK", 0)
+
+
 def local_world():
     """How many of them are on this machine."""
     return _torchrun("LOCAL_WORLD_SIZE", 1)
 
 
 def start(device):
-    """Join the processes that torchrun started, if it did. Returns this one's device."""
+    """Join the processes that torchrun started, if it did; those of a machine have a GPU each."""
     if world() == 1 or dist.is_initialized():
-        return device
-    backend = "gloo"
+        return
     if device.type == "cuda":
-        backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", _torchrun("LOCAL_RANK", 0))
         torch.cuda.set_device(device)
     # Long: the others wait while the first asks a server or writes a large file. torchrun, not
     # this, ends them all when one has died.
-    dist.init_process_group(backend, timeout=timedelta(days=7))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                            timeout=timedelta(days=7))
     atexit.register(dist.destroy_process_group)
-    return device
 
 
 def meeting_point():

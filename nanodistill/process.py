@@ -41,7 +41,7 @@ def guard(main):
     try:
         main()
     except SystemExit as error:
-        sys.exit(1 if error.code and int(os.environ.get("LOCAL_RANK", 0)) else error.code)
+        sys.exit(1 if error.code and parallel.local_rank() else error.code)
     except KeyboardInterrupt:
         sys.exit("stopped at once. What was saved is whole; the same command goes on from there.")
     except FloatingPointError as error:
@@ -165,6 +165,7 @@ def need(there, path, script, config):
 
     That stage takes its settings from settings.json.
     """
+    parallel.start(torch.device("cpu"))
     # The first process's view counts: a shared folder may show the others an older one.
     if parallel.gather(there)[0]:
         return

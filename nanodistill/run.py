@@ -37,7 +37,8 @@ def start(configs, stage):
     Returns (folder Path, device, dtype of the arithmetic).
     """
     config = configs[stage]
-    folder, device = Path(config.out), parallel.start(fit.pick_device(config.device))
+    folder, device = Path(config.out), fit.pick_device(config.device)
+    parallel.start(device)
     folder.mkdir(parents=True, exist_ok=True)
     process.take(folder)
     if parallel.rank() == 0:

@@ -72,7 +72,12 @@ def fitted(stage, config, model, dtype, device, prompt, response, batch=0, jobs=
     except ValueError as error:
         sys.exit(str(error))
     print(f"{stage}: {choice.line}")
-    return dataclasses.replace(choice, shards=config.shards or choice.shards)
+    shards = config.shards or choice.shards
+    if parallel.world() % shards or config.lora and shards > 1:
+        sys.exit(f"--shards {shards}: " + (
+            "with --lora each process has the weights whole" if config.lora else
+            f"{parallel.world()} processes do not split into groups of so many"))
+    return dataclasses.replace(choice, shards=shards)
 
 
 def compile_layers(sequences, *models):

@@ -144,8 +144,42 @@ def on_meta(kind, shape, sequences, length, device):
         return kind(Config(*shape)), packed
 
 
+def as_fsdp2(model, shards, again):
+    """Let a pass of `model`, its weights those gathered, take what FSDP2's does (as in torch 2.13:
+    tests/test_fit.py). Returns a function that ends the pass.
+
+    Two layers are gathered, and all that is in no layer. A layer's gradients are copied to fp32 at
+    its end; the copies stay until the next one's, the process's part of their sum for good.
+    """
+    def empty(parameters, parts=1):
+        return [torch.empty(p.numel() // parts, device="meta") for p in parameters]
+
+    layers, copies = model.model.layers, []
+    sums = empty(model.parameters(), shards) if again else []
+    later = {*layers[2:].parameters()}
+    gathered = [torch.empty_like(p) for p in model.parameters() if p not in later]
+
+    def reduce(part, *_):
+        made = [p for p in part.parameters() if p.grad is not None]
+        copies.clear()
+        copies.extend(empty(made))
+        for p in made:
+            p.grad = None
+        own = empty(made, shards)
+        sums.extend(own * (not again))
+
+    def end():
+        gathered.clear()
+        reduce(model)
+
+    for layer in layers:
+        layer.register_full_backward_hook(reduce)
+    return end
+
+
 @functools.cache
-def pass_peaks(shape, head, dtype, sequences, length, seen, checkpoint, again, rank, device):
+def pass_peaks(shape, head, dtype, sequences, length, seen, checkpoint, again, rank, device,
+               shards=1):
     """{phase: bytes} beyond the weights of a forward and backward pass, gradients counted.
 
     Args:
@@ -153,10 +187,11 @@ def pass_peaks(shape, head, dtype, sequences, length, seen, checkpoint, again, r
             tokens of each sequence; or "scores", whose pass has no gradients.
         again: the pass adds to gradients that are there.
         rank: of the adapters; 0: all weights are trained.
+        shards: processes that the weights are split over; what is gathered is counted then.
     """
     kind = ScalarModel if head in ("scalar", "scores") else CausalLM
     model, packed = on_meta(kind, shape, sequences, length, device)
-    model.to(dtype if head == "scores" or rank else torch.float32)
+    model.to(dtype if head == "scores" or rank or shards > 1 else torch.float32)
     if rank:
         lora.adapt(model, rank)
     model.model.dtype, model.model.checkpoint = dtype, checkpoint
@@ -168,8 +203,10 @@ def pass_peaks(shape, head, dtype, sequences, length, seen, checkpoint, again, r
             if x.requires_grad:
                 x.register_hook(lambda _: memory.start("embedding"))
         model.model.embed_tokens.register_forward_hook(embedded)
-        for p in model.parameters():
+        for p in model.parameters() if shards == 1 else ():
             p.grad = torch.zeros_like(p) if again and p.requires_grad else None
+        if shards > 1:
+            end = as_fsdp2(model, shards, again)
         hidden = model.model(packed)
         if head != "scores":
             hidden.register_hook(lambda _: memory.start("layers"))
@@ -184,6 +221,9 @@ def pass_peaks(shape, head, dtype, sequences, length, seen, checkpoint, again, r
         del hidden
         if head != "scores":
             loss.backward()
+        if shards > 1:
+            memory.start("rest")
+            end()
         return memory.peaks
 
 
@@ -229,8 +269,9 @@ def parameters(config, kind=CausalLM, rank=0):
 
 
 def plan(stage, shape, dtype, *, batch, micro_batch, slots, prompt, response, checkpoint=False,
-         rank=0, device="cuda"):
-    """{part: bytes} of a stage, "peak" the most at one time. Trained weights are fp32.
+         rank=0, device="cuda", world=1, shards=1):
+    """{part: bytes} of a stage in each process, "peak" the most at one time. Trained weights are
+    fp32.
 
     Args:
         stage: "teacher", "sft", "rm", "rl" or "eval".
@@ -240,7 +281,11 @@ def plan(stage, shape, dtype, *, batch, micro_batch, slots, prompt, response, ch
         prompt, response: tokens of the longest of each.
         rank: of LoRA's adapters, on one frozen trunk; 0: all weights are trained.
         device: "cuda", "mps" or "cpu".
+        world: processes; each takes its part of a batch.
+        shards: how many of them the weights are split over, as parallel.shard does.
     """
+    if stage in LEARN:
+        batch = -(-batch // world)
     length, size = prompt + response, BYTES[dtype]
     cuda, cpu, bf16 = device == "cuda", device == "cpu", dtype == torch.bfloat16
     causal, scalar = parameters(shape), parameters(shape, ScalarModel)
@@ -251,26 +296,33 @@ def plan(stage, shape, dtype, *, batch, micro_batch, slots, prompt, response, ch
                "rl": [(policy, "logprobs", length - 1, response),
                       (value, "scalar", length - 1, response)]}.get(stage, [])
     frozen = {"teacher": [causal], "eval": [causal], "rl": [causal, scalar]}.get(stage, [])
+    # Of split weights, those of no layer stay gathered until a backward pass.
+    open_causal, open_scalar = (size * count(kind, key(shape, 0), 0) if shards > 1 and stage == "rl"
+                                else 0 for kind in (CausalLM, ScalarModel))
     learned, stored = sum(n for n, *_ in trained), size * sum(frozen)
     if rank and stage in LEARN:
         # One trunk; of the reward model, its adapters and its head beside it.
         stored = size * (scalar if stage == "rm" else causal) + 4 * value * (stage == "rl")
+    learned, stored = -(-learned // shards), -(-stored // shards)
     tables = {"rl": 4}.get(stage, 1)
     angles = 4 * shape.max_position_embeddings * shape.head_dim * tables
     parts = {"weights": 4 * learned + stored + angles,
              "best weights": 4 * learned if cpu and stage in ("sft", "rm") else 0,
              "optimizer": 8 * learned, "gradients": 4 * learned, "activations": 0,
-             "sampler's weights": 0, "KV cache": 0, "sampling": 0}
-    held = parts["weights"] + parts["best weights"] + parts["optimizer"]
+             "gathered": open_causal + open_scalar, "sampler's weights": 0, "KV cache": 0,
+             "sampling": 0}
+    held = parts["weights"] + parts["best weights"] + parts["optimizer"] + parts["gathered"]
     if trained:
         # Where gradients are added to, those of all models are there; else the value model's are
         # made while the policy's are there. Held-out scoring makes none, and takes less.
         again = micro_batch < batch
         passes = [most(pass_peaks, shape, head, dtype, min(micro_batch, batch), tokens, seen,
-                       checkpoint, again, rank, device) for _, head, tokens, seen in trained]
-        beside = [learned - n if again else i * policy for i, (n, *_) in enumerate(trained)]
+                       checkpoint, again, rank, device, shards)
+                  for _, head, tokens, seen in trained]
+        beside = [4 * (learned - n // shards if again else i * policy // shards)
+                  + open_scalar * (i == 0) for i, (n, *_) in enumerate(trained)]
         parts["activations"] = 2 * CUBLAS * cuda - parts["gradients"] + max(
-            own + 4 * n for own, n in zip(passes, beside))
+            own + others for own, others in zip(passes, beside))
     elif stage == "eval":
         parts["activations"] = CUBLAS * cuda + most(
             pass_peaks, shape, "scores", dtype, micro_batch, length, 1, False, False, 0,
@@ -279,8 +331,8 @@ def plan(stage, shape, dtype, *, batch, micro_batch, slots, prompt, response, ch
         # rm samples the SFT student before its own weights are there. In bf16 on CPU `generate`
         # packs the matrices anew, of which an untied embedding is none.
         embedding = shape.vocab_size * shape.hidden_size * (not shape.tie_word_embeddings)
-        parts["sampler's weights"] = size * (causal * (stage == "rm" or stage == "rl" and bf16
-                                                       and not rank)
+        parts["sampler's weights"] = size * (causal * (stage == "rm" or stage == "rl" and not rank
+                                                       and (bf16 or shards > 1))
                                              + (causal - embedding) * (cpu and bf16))
         positions = generate.positions_for(length, device)
         cache = KVCache(shape, slots, positions, "meta", dtype)
@@ -370,16 +422,20 @@ def flags(stage, micro_batch, checkpoint, slots):
 
 
 def choose(stage, shape, dtype, free, *, batch=0, prompt, response, jobs=0, device="cuda", slots=0,
-           micro_batch=0, checkpoint=None, rank=0):
-    """The fastest settings whose plan takes at most `free` bytes; those given stay.
+           micro_batch=0, checkpoint=None, rank=0, world=1, local=1):
+    """The fastest settings whose plan takes at most `free` bytes in each process; those given stay.
+    Weights are split only where they must be, and over as few processes as must be.
 
     Args:
         batch: sequences an optimizer step; micro_batch divides it where stage is "rl".
         jobs: samples that will be drawn.
+        world, local: processes, and those of one machine.
     Raises:
         ValueError: nothing fits; says what the least takes and what would fit.
     """
-    batch = batch or SCORED
+    batch, jobs = batch or SCORED, -(-jobs // world)
+    if stage in LEARN:
+        batch = -(-batch // world)
     sizes = [batch >> k for k in range(batch.bit_length())]
     if stage == "rl":
         sizes = [b for b in range(batch, 0, -1) if batch % b == 0]
@@ -387,10 +443,12 @@ def choose(stage, shape, dtype, free, *, batch=0, prompt, response, jobs=0, devi
         sizes = [min(micro_batch or batch, batch)]
     counts = [slots] if slots else [2**k for k in range(8, -1, -1) if k == 0 or 2**(k - 1) < jobs]
     checkpoints = [False, True] if stage in LEARN and checkpoint is None else [bool(checkpoint)]
+    splits = [*dict.fromkeys((1, local, world))] if stage in LEARN and not rank else [1]
 
-    def peak(b, again, s, shape=shape, response=response):
+    def peak(b, again, s, shards=splits[-1], shape=shape, response=response):
         return plan(stage, shape, dtype, batch=batch, micro_batch=b, slots=s, prompt=prompt,
-                    response=response, checkpoint=again, rank=rank, device=device)["peak"]
+                    response=response, checkpoint=again, rank=rank, device=device,
+                    shards=shards)["peak"]
 
     def seconds(b, again):
         """Of a sequence, in units of its arithmetic's."""
@@ -401,17 +459,25 @@ def choose(stage, shape, dtype, free, *, batch=0, prompt, response, jobs=0, devi
         i = 0 if fits(values[0]) else bisect.bisect_left(values, True, key=fits)
         return values[i] if i < len(values) else None
 
-    best = None                                              # (seconds, micro-batch, checkpoint)
-    for again in checkpoints:
-        if best is None or seconds(sizes[0], again) < best[0]:
-            b = largest(sizes, lambda b, again=again: peak(b, again, counts[-1]) <= free)
-            best = min(filter(None, (best, b and (seconds(b, again), b, again))), default=None)
-    if best:
-        _, b, again = best
-        s = largest(counts, lambda s: peak(b, again, s) <= free)
-        most = peak(b, again, s)
-        return Choice(s, b, again, most, f"fitted to {free / 1e9:.1f} GB free: "
-                      f"{flags(stage, b, again, s)}, {most / 1e9:.1f} GB at most")
+    def fastest(shards):
+        best = None                                          # (seconds, micro-batch, checkpoint)
+        for again in checkpoints:
+            if best is None or seconds(sizes[0], again) < best[0]:
+                b = largest(sizes, lambda b, again=again:
+                            peak(b, again, counts[-1], shards) <= free)
+                best = min(filter(None, (best, b and (seconds(b, again), b, again))), default=None)
+        if best:
+            _, b, again = best
+            s = largest(counts, lambda s: peak(b, again, s, shards) <= free)
+            most = peak(b, again, s, shards)
+            split = f", weights split over {shards} processes" * (shards > 1)
+            return Choice(s, b, again, most, f"fitted to {free / 1e9:.1f} GB free: "
+                          f"{flags(stage, b, again, s)}, {most / 1e9:.1f} GB at most{split}",
+                          shards)
+
+    choice = next(filter(None, map(fastest, splits)), None)
+    if choice:
+        return choice
 
     least = sizes[-1], checkpoints[-1], counts[-1]
     need, role = peak(*least), "teacher" if stage == "teacher" else "student"
@@ -421,7 +487,9 @@ def choose(stage, shape, dtype, free, *, batch=0, prompt, response, jobs=0, devi
     would = [
         "what is chosen where --slots, --micro-batch and --checkpoint are not given" * (
             peak(1 if stage in LEARN else batch, stage in LEARN, 1) <= free),
-        next((f"--{role} {n}" for n in names if peak(*least, SIZES[n].shape) <= free), ""),
+        next((f"--{role} {n}" for n in names if peak(*least, shape=SIZES[n].shape) <= free), ""),
+        next((f"torchrun with {n} GPUs" for n in (2, 4, 8, 16, 32, 64) if n > world and not rank
+              and stage in LEARN and device == "cuda" and peak(*least, n) <= free), ""),
         next((f"--max-new-tokens {n}" for n in (256, 128, 64)
               if n < response and peak(*least, response=n) <= free), ""),
         f"{next((gb for gb in GBS if need <= gb * USED), int(need / USED) + 1)} GB of memory"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from data import hub
-from nanodistill import weights
+from nanodistill import fit, weights
 from nanodistill.fit import GBS, LEARN, SCORED, USED, choose, free_bytes, parameters, plan
 from nanodistill.presets import SIZES
 
@@ -159,19 +159,23 @@ def fitted(stage, config, model, counts, free, device):
         jobs = config.prompts * samples
         batch = jobs // config.minibatches
     args = stage, model, torch.float32 if fp32 else torch.bfloat16
+    several = fit.processes(config.gpus)
     choice = choose(*args, free, batch=batch, jobs=jobs, slots=config.slots, **where,
                     micro_batch=getattr(config, "micro_batch", 0),
-                    checkpoint=getattr(config, "checkpoint", None), rank=config.lora)
+                    checkpoint=getattr(config, "checkpoint", None), rank=config.lora,
+                    shards=config.shards, **several)
     return choice, plan(*args, batch=batch, micro_batch=choice.micro_batch, slots=choice.slots,
-                        checkpoint=choice.checkpoint, rank=config.lora, **where)
+                        checkpoint=choice.checkpoint, rank=config.lora, world=several["world"],
+                        shards=choice.shards, **where)
 
 
-def memories(device):
-    """[(name, bytes that may be used, device)]: this machine's, then those of cards."""
+def memories(device, gpus=0):
+    """[(name, bytes that may be used, device)]: this machine's unless `gpus` are meant, then those
+    of cards."""
     here = "cuda" if torch.cuda.is_available() else "cpu"
     here = "mps" if here == "cpu" and torch.backends.mps.is_available() else here
     asked = here if device == "auto" else device
-    own = [("here", free_bytes(asked), asked)] if asked in ("cpu", here) else []
+    own = [("here", free_bytes(asked), asked)] if asked in ("cpu", here) and not gpus else []
     return own + [(f"{gb} GB", int(gb * USED), "cuda") for gb in GBS]
 
 
@@ -183,7 +187,8 @@ def report(settings, missing, counts):
         settings: {stage: config}. missing: the stages that would run, in their order.
         counts: {"train": questions, "test": questions}.
     """
-    lines, hours = [], []
+    lines, hours, gpus = [], [], settings[missing[0]].gpus
+    each = f"{gpus} x " * (gpus > 0)
     for stage in missing:
         config, choices, memory = settings[stage], {}, ""
         names = named(stage, config)
@@ -194,14 +199,14 @@ def report(settings, missing, counts):
         largest = max(models, key=parameters)
         lines.append(f"{stage}: {', '.join(dict.fromkeys(name for name, *_ in names))}, at most "
                      f"{parameters(largest):,} parameters; {LOADED[stage]}")
-        for name, free, device in memories(config.device):
+        for name, free, device in memories(config.device, gpus):
             try:
                 choices[name], parts = fitted(stage, config, largest, counts, free, device)
-                lines.append(f"  {name:7} {choices[name].line}")
+                lines.append(f"  {each}{name:7} {choices[name].line}")
                 memory = memory or f"GB, {name}: " + ", ".join(
                     f"{part} {size / 1e9:.2f}" for part, size in parts.items() if size)
             except ValueError as error:
-                lines.append(f"  {name:7} {str(error).partition(', and ')[0]}")
+                lines.append(f"  {each}{name:7} {str(error).partition(', and ')[0]}")
         lines += textwrap.wrap(memory, 98, initial_indent="  ", subsequent_indent="    ")
         work = cost(stage, settings, models, counts)
         lines.append(f"  M tokens: {work.sampled / 1e6:,.2f} sampled, {work.read / 1e6:,.2f} read, "
@@ -209,14 +214,15 @@ def report(settings, missing, counts):
                      f"{(work.flops + work.decode_flops) / 1e15:,.3g} PFLOP")
         fits = [(card, choices.get(f"{card.gb} GB")) for card in CARDS]
         hours.append((stage, [cost(stage, settings, models, counts, c.slots, c.checkpoint)
-                              .hours(card) if c else math.nan for card, c in fits]))
+                              .hours(card) / (gpus or 1) if c else math.nan for card, c in fits]))
     hours.append(("total", [sum(column) for column in zip(*(row for _, row in hours))]))
     prompt, width = PROMPTS[settings[missing[0]].task][1], 11
     lines += ["", *textwrap.wrap(
         f"Hours, an estimate from a roofline, not measured: {PRODUCTS:.0%} of a card's bf16 "
         f"products per second, {BANDWIDTH:.0%} of its bandwidth; prompts of {prompt} tokens, "
         f"responses half as long as --max-new-tokens, SFT on {GOOD:.0%} of the teacher's "
-        "responses; held-out evaluations are left out; nan: does not fit.", 100),
+        "responses; held-out evaluations are left out; nan: does not fit"
+        f"{f'; {gpus} cards at best, with nothing lost between them' * (gpus > 0)}.", 100),
         " " * 8 + "".join(f"{card.name:>{width}}" for card in CARDS)]
     return "\n".join(lines + [f"{stage:8}" + "".join(f"{x:{width}.2g}" for x in row)
                               for stage, row in hours])

@@ -115,7 +115,8 @@ def fits(stage, config, shape, device, longest):
                batch=batch, prompt=longest, response=config.max_new_tokens, jobs=256,
                device=device.type, slots=config.slots,
                micro_batch=getattr(config, "micro_batch", 0),
-               checkpoint=getattr(config, "checkpoint", None), rank=config.lora)
+               checkpoint=getattr(config, "checkpoint", None), rank=config.lora,
+               shards=config.shards, **fit.processes())
 
 
 def writable(folder):

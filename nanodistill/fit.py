@@ -24,7 +24,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanodistill import generate, lora, losses
+from nanodistill import generate, lora, losses, parallel
 from nanodistill.batches import KVCache, Packed
 from nanodistill.model import CausalLM, Config, ScalarModel
 from nanodistill.presets import SIZES
@@ -296,9 +296,6 @@ def plan(stage, shape, dtype, *, batch, micro_batch, slots, prompt, response, ch
                "rl": [(policy, "logprobs", length - 1, response),
                       (value, "scalar", length - 1, response)]}.get(stage, [])
     frozen = {"teacher": [causal], "eval": [causal], "rl": [causal, scalar]}.get(stage, [])
-    # Of split weights, those of no layer stay gathered until a backward pass.
-    open_causal, open_scalar = (size * count(kind, key(shape, 0), 0) if shards > 1 and stage == "rl"
-                                else 0 for kind in (CausalLM, ScalarModel))
     learned, stored = sum(n for n, *_ in trained), size * sum(frozen)
     if rank and stage in LEARN:
         # One trunk; of the reward model, its adapters and its head beside it.
@@ -309,9 +306,8 @@ def plan(stage, shape, dtype, *, batch, micro_batch, slots, prompt, response, ch
     parts = {"weights": 4 * learned + stored + angles,
              "best weights": 4 * learned if cpu and stage in ("sft", "rm") else 0,
              "optimizer": 8 * learned, "gradients": 4 * learned, "activations": 0,
-             "gathered": open_causal + open_scalar, "sampler's weights": 0, "KV cache": 0,
-             "sampling": 0}
-    held = parts["weights"] + parts["best weights"] + parts["optimizer"] + parts["gathered"]
+             "sampler's weights": 0, "KV cache": 0, "sampling": 0}
+    held = parts["weights"] + parts["best weights"] + parts["optimizer"]
     if trained:
         # Where gradients are added to, those of all models are there; else the value model's are
         # made while the policy's are there. Held-out scoring makes none, and takes less.
@@ -319,10 +315,10 @@ def plan(stage, shape, dtype, *, batch, micro_batch, slots, prompt, response, ch
         passes = [most(pass_peaks, shape, head, dtype, min(micro_batch, batch), tokens, seen,
                        checkpoint, again, rank, device, shards)
                   for _, head, tokens, seen in trained]
-        beside = [4 * (learned - n // shards if again else i * policy // shards)
-                  + open_scalar * (i == 0) for i, (n, *_) in enumerate(trained)]
+        beside = [learned - n // shards if again else i * policy // shards
+                  for i, (n, *_) in enumerate(trained)]
         parts["activations"] = 2 * CUBLAS * cuda - parts["gradients"] + max(
-            own + others for own, others in zip(passes, beside))
+            own + 4 * n for own, n in zip(passes, beside))
     elif stage == "eval":
         parts["activations"] = CUBLAS * cuda + most(
             pass_peaks, shape, "scores", dtype, micro_batch, length, 1, False, False, 0,
@@ -392,7 +388,7 @@ def free_memory(root=Path("/")):
 
 
 def free_bytes(device):
-    """Bytes that a stage may take on `device` now: what is free, but for SPARE."""
+    """Bytes that a process may take on `device` now: what is free, but for SPARE."""
     device = torch.device(device)
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -400,7 +396,7 @@ def free_bytes(device):
     elif device.type == "mps":
         free = torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     else:
-        free = free_memory()
+        free = free_memory() // parallel.local_world()
     return int(free * (1 - SPARE))
 
 
@@ -415,6 +411,12 @@ class Choice:
     shards: int = 1
 
 
+def processes(gpus=0):
+    """`choose`'s world and local: as torchrun says, or as on so many `gpus`, eight a machine."""
+    return {"world": gpus or parallel.world(),
+            "local": min(gpus, 8) or parallel.local_world()}
+
+
 def flags(stage, micro_batch, checkpoint, slots):
     """The three settings as they are typed, those that the stage has."""
     learn = f"--micro-batch {micro_batch} --{'' if checkpoint else 'no-'}checkpoint"
@@ -422,9 +424,9 @@ def flags(stage, micro_batch, checkpoint, slots):
 
 
 def choose(stage, shape, dtype, free, *, batch=0, prompt, response, jobs=0, device="cuda", slots=0,
-           micro_batch=0, checkpoint=None, rank=0, world=1, local=1):
+           micro_batch=0, checkpoint=None, rank=0, world=1, local=1, shards=0):
     """The fastest settings whose plan takes at most `free` bytes in each process; those given stay.
-    Weights are split only where they must be, and over as few processes as must be.
+    Weights are split only where they must be: over one machine's processes, or else over all.
 
     Args:
         batch: sequences an optimizer step; micro_batch divides it where stage is "rl".
@@ -443,7 +445,9 @@ def choose(stage, shape, dtype, free, *, batch=0, prompt, response, jobs=0, devi
         sizes = [min(micro_batch or batch, batch)]
     counts = [slots] if slots else [2**k for k in range(8, -1, -1) if k == 0 or 2**(k - 1) < jobs]
     checkpoints = [False, True] if stage in LEARN and checkpoint is None else [bool(checkpoint)]
-    splits = [*dict.fromkeys((1, local, world))] if stage in LEARN and not rank else [1]
+    splits = [1]
+    if stage in LEARN and not rank:
+        splits = [shards] if shards else [*dict.fromkeys((1, local, world))]
 
     def peak(b, again, s, shards=splits[-1], shape=shape, response=response):
         return plan(stage, shape, dtype, batch=batch, micro_batch=b, slots=s, prompt=prompt,

@@ -78,6 +78,8 @@ class Common:
                     run_wide=True)
     dry_run: bool = flag(False, "say what would run and what it takes of memory and time, and "
                          "stop; needs no weights", result=False, run_wide=True)
+    gpus: int = flag(0, "with --dry-run: what it takes on so many GPUs (torchrun says how many "
+                     "there are; 0 = as it does)", least=0, result=False, run_wide=True)
     # What each stage may have of its own.
     questions: int = flag(0, "questions used of the stage's split; 0 = all", least=0)
     max_new_tokens: int = flag(None, "a response is cut off here", least=1)
@@ -231,16 +233,22 @@ def dial(given):
 def rank_that_fits(size, given):
     """--lora where it is not given -> (rank, reason): 0 where PPO of all weights fits the memory
     that is free, with prompts and responses of 256 and 512 tokens."""
-    from nanodistill import fit  # it imports torch, which takes 1 s
+    from nanodistill import fit, parallel  # they import torch, which takes 1 s
+    gpus = given.get("gpus", 0)
     try:
-        device = fit.pick_device(given.get("device", "auto"))
+        device = parallel.start(fit.pick_device(given.get("device", "auto")))
     except ValueError:                                           # which the stage says at once
         return 0, ""
-    dtype, free = fit.pick_dtype(given.get("dtype", "auto"), device), fit.free_bytes(device)
-    what = f"PPO of all weights in {free / 1e9:.1f} GB"
+    if gpus and device.type != "cuda":                           # those meant are elsewhere
+        return 0, ""
+    # All processes must come to the same answer.
+    free = min(parallel.gather(fit.free_bytes(device)))
+    dtype, processes = fit.pick_dtype(given.get("dtype", "auto"), device), fit.processes(gpus)
+    world = processes["world"]
+    what = f"PPO of all weights in {f'{world} x ' * (world > 1)}{free / 1e9:.1f} GB"
     try:
         fit.choose("rl", size.shape, dtype, free, batch=64, prompt=256, response=512, jobs=256,
-                   device=device.type)
+                   device=device.type, shards=given.get("shards", 0), **processes)
     except ValueError:
         return presets.RANK, f"{what} does not fit"
     return 0, f"{what} fits"
@@ -260,7 +268,11 @@ def idle(given, values):
         no_date = False
     except ValueError:
         no_date = True
+    gpus = values["gpus"]
     rules = [
+        (gpus and not values["dry_run"], "--gpus does nothing without --dry-run: torchrun says how "
+         "many"),
+        (gpus > 8 and gpus % 8, f"--gpus {gpus}: above 8, whole machines of 8 are planned for"),
         (no_date, f"--date {values['date']}: wants a day such as 2026-01-31"),
         (student == "8b" and not (teacher or url), "--student 8b: its teacher is larger than most "
          f"machines hold, so it is behind a server: {server} (or --teacher names a local one)"),
@@ -352,7 +364,8 @@ def save(folder, stage, configs):
     for s, config in configs.items():
         # Of a stage that made something, but has no section, the settings are not known.
         if s == stage or s in saved or not made(folder, s):
-            saved[s] = {k: v for k, v in vars(config).items() if k not in ("out", "dry_run")}
+            saved[s] = {k: v for k, v in vars(config).items()
+                        if k not in ("out", "dry_run", "gpus")}
     write_atomic(Path(folder) / "settings.json", json.dumps(saved, indent=1) + "\n")
 
 

@@ -5,12 +5,13 @@ import json
 import re
 
 import pytest
+import torch
 
 import eval as evaluation
 import train_rl
 import train_sft
 from data import teacher
-from nanodistill import fit, presets, settings
+from nanodistill import fit, parallel, presets, settings
 
 
 @pytest.fixture(autouse=True)
@@ -248,6 +249,38 @@ def test_lora_is_chosen_where_ppo_of_all_weights_does_not_fit(monkeypatch, capsy
     assert (tiny["rm"].learning_rate, tiny["rm"].optimizer) == (3e-3, "adamw")
     assert tiny["rl"].learning_rate == 2e-3 and tiny["sft"].learning_rate == 5e-3
     assert big["rm"].learning_rate == 1e-4 and big["rl"].learning_rate == 1e-5
+
+
+def test_of_several_processes_the_dial_asks_for_the_memory_of_all(monkeypatch, capsys):
+    """8b: by hand, 14 bytes of each of 2 x 7.8e9 weights are 217 GB; an eighth is 27 GB, beside
+    which the sampler's 16 GB fit 72 GB."""
+    monkeypatch.setattr(fit, "free_bytes", lambda device: 72 * 10**9)
+    monkeypatch.setattr(fit, "pick_device", torch.device)
+    taught = ("--student", "8b", "--device", "cuda", "--teacher-url", "http://host/v1",
+              "--teacher-model", "m", "--dry-run")
+    assert parse(*taught)["rl"].lora == 32
+    assert parse(*taught, "--gpus", "8")["rl"].lora == 0
+    # As torchrun says; nothing is sent between them here.
+    monkeypatch.setattr(parallel, "world", lambda: 8)
+    monkeypatch.setattr(parallel, "local_world", lambda: 8)
+    monkeypatch.setattr(parallel, "start", lambda device: device)
+    monkeypatch.setattr(parallel, "gather", lambda part: [part] * 8)
+    assert parse(*taught)["rl"].lora == 0
+    # All go by the one that has the least.
+    monkeypatch.setattr(parallel, "gather", lambda part: [part] * 7 + [24 * 10**9])
+    capsys.readouterr()
+    assert parse(*taught)["rl"].lora == 32
+    assert re.search(r"--lora +32 +PPO of all weights in 8 x 24.0 GB does not fit",
+                     capsys.readouterr().out)
+
+
+def test_gpus_is_for_a_dry_run_and_counts_whole_machines(tmp_path):
+    assert "does nothing without --dry-run" in wrong("--gpus", "8")
+    assert "--gpus 12" in wrong("--gpus", "12", "--dry-run")
+    configs = parse("--gpus", "16", "--dry-run", out=tmp_path)
+    assert configs["rl"].gpus == configs["sft"].gpus == 16
+    settings.save(tmp_path, "rl", configs)
+    assert "gpus" not in (tmp_path / "settings.json").read_text()
 
 
 def test_a_password_of_an_older_program_is_neither_shown_nor_a_hindrance(tmp_path):

@@ -431,7 +431,7 @@ def choose(stage, shape, dtype, free, *, batch=0, prompt, response, jobs=0, devi
     Args:
         batch: sequences an optimizer step; micro_batch divides it where stage is "rl".
         jobs: samples that will be drawn.
-        world, local: processes, and those of one machine.
+        world, local: processes, and those of one machine. shards: as `plan` takes it; 0: chosen.
     Raises:
         ValueError: nothing fits; says what the least takes and what would fit.
     """
@@ -445,9 +445,8 @@ def choose(stage, shape, dtype, free, *, batch=0, prompt, response, jobs=0, devi
         sizes = [min(micro_batch or batch, batch)]
     counts = [slots] if slots else [2**k for k in range(8, -1, -1) if k == 0 or 2**(k - 1) < jobs]
     checkpoints = [False, True] if stage in LEARN and checkpoint is None else [bool(checkpoint)]
-    splits = [1]
-    if stage in LEARN and not rank:
-        splits = [shards] if shards else [*dict.fromkeys((1, local, world))]
+    may_split = stage in LEARN and not rank
+    splits = [*dict.fromkeys([shards] if shards else [1, local, world])] if may_split else [1]
 
     def peak(b, again, s, shards=splits[-1], shape=shape, response=response):
         return plan(stage, shape, dtype, batch=batch, micro_batch=b, slots=s, prompt=prompt,
@@ -492,8 +491,9 @@ def choose(stage, shape, dtype, free, *, batch=0, prompt, response, jobs=0, devi
         "what is chosen where --slots, --micro-batch and --checkpoint are not given" * (
             peak(1 if stage in LEARN else batch, stage in LEARN, 1) <= free),
         next((f"--{role} {n}" for n in names if peak(*least, shape=SIZES[n].shape) <= free), ""),
-        next((f"torchrun with {n} GPUs" for n in (2, 4, 8, 16, 32, 64) if n > world and not rank
-              and stage in LEARN and device == "cuda" and peak(*least, n) <= free), ""),
+        f"--shards {world}" * (may_split and splits[-1] < world and peak(*least, world) <= free),
+        next((f"torchrun with {n} GPUs" for n in (2, 4, 8, 16, 32, 64) if n > world
+              and may_split and not shards and device == "cuda" and peak(*least, n) <= free), ""),
         next((f"--max-new-tokens {n}" for n in (256, 128, 64)
               if n < response and peak(*least, response=n) <= free), ""),
         f"{next((gb for gb in GBS if need <= gb * USED), int(need / USED) + 1)} GB of memory"]

@@ -236,6 +236,7 @@ def test_weights_are_split_only_where_they_must_be():
                                           ("teacher", {}), ("eval", {})])
 def test_what_is_frozen_is_never_split(stage, given):
     assert several("8b", stage=stage, **given).shards == 1
+    assert several("8b", stage=stage, shards=8, **given).shards == 1
     with pytest.raises(ValueError, match="does not fit"):
         several("8b", gb=10, stage=stage, **given)
 
@@ -246,6 +247,8 @@ def test_the_error_says_how_many_gpus_would_do():
     with pytest.raises(ValueError) as error:
         several("8b", gb=10, world=64)
     assert "torchrun" not in str(error.value)
+    with pytest.raises(ValueError, match="would fit: .*--shards 8"):
+        several("8b", shards=1)
 
 
 # FSDP2 itself, by torch's own tracker, with a process group that sends nothing. Four layers.

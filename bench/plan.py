@@ -2,6 +2,7 @@
 
     python bench/plan.py                                    135m and 1b, each with and without LoRA
     python bench/plan.py --sizes 3b --stages sft rm --micro-batch 8 --gb 141
+    python bench/plan.py --sizes 8b --ranks 0 --shards 8    one of 8 processes, with its weights
 
 Backs docs/log.md's tables of the planner. The peaks are the caching allocator's, of the stages' own
 functions on random weights: sequences of 256 + 512 tokens, batches of 64. Needs a card, or the stub
@@ -21,7 +22,7 @@ import torch
 import train_rl
 import train_rm
 import train_sft
-from nanodistill import fit, generate, lora, optim, run, weights
+from nanodistill import fit, generate, lora, optim, parallel, run, weights
 from nanodistill.model import CausalLM, ScalarModel, init_weights
 from nanodistill.presets import SIZES
 from nanodistill.reward import score_sequences
@@ -46,10 +47,32 @@ def ending(limit):
         yield
 
 
-def new(kind, shape, dtype=torch.float32):
+def alone(shards):
+    """Be the first of so many processes, without the others: nothing is sent, and what the others
+    would send is as it comes."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    os.environ |= {"TORCHELASTIC_RUN_ID": "", "RANK": "0", "WORLD_SIZE": str(shards),
+                   "LOCAL_WORLD_SIZE": str(shards)}
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=shards)
+
+
+def new_part(kind, shape, dtype):
+    """This process's part of a model's weights."""
+    with torch.device("meta"):
+        model = kind(shape).to(dtype)
+    parallel.shard(model, parallel.world(), "cuda", BF16).to_empty(device="cuda")
+    if kind is CausalLM and shape.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    for p in model.parameters():
+        p.to_local().detach().normal_(0.0, 0.02)
+    return model
+
+
+def new(kind, shape, dtype=torch.float32, split=True):
     torch.set_default_dtype(dtype)
     with torch.device("cuda"):
-        model = init_weights(kind(shape))
+        several = split and parallel.world() > 1
+        model = new_part(kind, shape, dtype) if several else init_weights(kind(shape))
     torch.set_default_dtype(torch.float32)
     # As weights.load does.
     model.model.compiled = True
@@ -83,7 +106,7 @@ def stage(name, shape, rank, size, prompt, response, checkpoint=False, slots=64)
     """{phase: function} of a stage whose models are made here, with passes of `size` sequences and
     two passes an optimizer step, or one of the whole BATCH; sampling is of `slots`."""
     torch.manual_seed(0)
-    many = min(2 * size, BATCH)
+    many = min(2 * size * parallel.world(), BATCH)
     ids = torch.randint(3, shape.vocab_size, (many, prompt + response)).tolist()
     prompts = [row[:prompt] for row in (ids * slots)[:slots]]
     if name == "sft":
@@ -95,7 +118,7 @@ def stage(name, shape, rank, size, prompt, response, checkpoint=False, slots=64)
                 "held out": lambda: train_sft.held_out_loss(size, model, rows),
                 "saving": lambda: settle(model)}
     if name == "rm":
-        student = new(CausalLM, shape, BF16)
+        student = new(CausalLM, shape, BF16, split=False)
         sample(student, prompts, response, slots, graphs=False)
         del student
         model = trained(ScalarModel, shape, rank, checkpoint)
@@ -166,15 +189,20 @@ def main():
     parser.add_argument("--slots", type=int, default=64, help="0: what fits --gb")
     parser.add_argument("--checkpoint", action="store_true", default=None,
                         help="activation checkpointing; not given: where it must be")
+    parser.add_argument("--shards", type=int, default=1, help="processes that the weights are "
+                        "split over; only one of them runs, and sends nothing")
     parser.add_argument("--gb", type=int, default=80, help="of the card that is planned for")
     args = arguments(parser)
+    if args.shards > 1:
+        alone(args.shards)
     print("| | planned, GB | taken | ratio | most in |", "|---|---|---|---|---|", sep="\n")
     for size, name, rank in itertools.product(args.sizes, args.stages, args.ranks):
         what, shape = f"{size} {name}" + f", LoRA {rank}" * (rank > 0), SIZES[size].shape
         try:
             choice = fit.choose(name, shape, BF16, int(args.gb * fit.USED), batch=BATCH, **LENGTHS,
                                 jobs=256, slots=args.slots, micro_batch=args.micro_batch,
-                                checkpoint=args.checkpoint, rank=rank)
+                                checkpoint=args.checkpoint, rank=rank, world=args.shards,
+                                shards=args.shards)
             peaks = measure(name, shape, rank, choice)
             most = max(peaks, key=peaks.get)
             how = fit.flags(name, choice.micro_batch, choice.checkpoint, choice.slots)

@@ -54,7 +54,8 @@ def start(configs, stage):
 
 
 def fitted(stage, config, model, dtype, device, prompt, response, batch=0, jobs=0):
-    """--slots, --micro-batch and --checkpoint as given, else the fastest that fit: a fit.Choice.
+    """--slots, --micro-batch and --checkpoint as given, else the fastest that fit: a fit.Choice,
+    the same in all processes.
 
     Args:
         prompt, response: tokens of the longest of each.
@@ -64,8 +65,8 @@ def fitted(stage, config, model, dtype, device, prompt, response, batch=0, jobs=
     """
     try:
         choice = fit.choose(
-            stage, model, dtype, fit.free_bytes(device), batch=batch, prompt=prompt,
-            response=response, jobs=jobs, device=device.type, slots=config.slots,
+            stage, model, dtype, min(parallel.gather(fit.free_bytes(device))), batch=batch,
+            prompt=prompt, response=response, jobs=jobs, device=device.type, slots=config.slots,
             micro_batch=getattr(config, "micro_batch", 0),
             checkpoint=getattr(config, "checkpoint", None), rank=config.lora)
     except ValueError as error:
@@ -200,9 +201,9 @@ def own_file(path):
 def merge(path, key):
     """Append to `path` what other processes have written beside it, now or before they were
     stopped, less the rows whose `key(row)` it has. All wait until that is done."""
-    parts = sorted(path.parent.glob(f"{path.name}.[0-9]*"))
     # Whoever still writes waits here.
     parallel.gather(None)
+    parts = sorted(path.parent.glob(f"{path.name}.[0-9]*"))
     if parts and parallel.rank() == 0:
         known, append = set(map(key, files.read_jsonl(path))), files.Appender(path)
         for part in parts:
@@ -339,12 +340,13 @@ def put_back(model, trained):
 
 
 def every(minutes):
-    """-> a function that is True when about `minutes` have gone by since it last was."""
+    """-> a function that is True when about `minutes` have gone by since it last was. All processes
+    must ask, and get the same answer: their clocks differ."""
     last = time.monotonic()
 
     def due():
         nonlocal last
-        if time.monotonic() - last < 60 * minutes:
+        if not parallel.any_(time.monotonic() - last >= 60 * minutes):
             return False
         last = time.monotonic()
         return True

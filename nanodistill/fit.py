@@ -344,15 +344,22 @@ def plan(stage, shape, dtype, *, batch, micro_batch, slots, prompt, response, ch
 # ---- the device, what is free on it, and what fits ----
 
 def pick_device(name):
-    """The torch.device that `--device` means. Raises ValueError where there is none of its kind."""
+    """The torch.device that `--device` means: of several processes each has a GPU of its own.
+    Raises ValueError where there is none of its kind."""
     usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
               "cpu": True}
     if name == "auto":
-        return torch.device(next(kind for kind in usable if usable[kind]))
+        name = next(kind for kind in usable if usable[kind])
     if not usable[name]:
         why = f"this PyTorch ({torch.__version__}) is not built for it" if name == "mps" or not \
             torch.backends.cuda.is_built() else "PyTorch finds no card (look at nvidia-smi)"
         raise ValueError(f"--device {name}: {why}. --device auto takes what is there")
+    if name == "cuda" and parallel.world() > 1:
+        if parallel.local_rank() >= torch.cuda.device_count():
+            raise ValueError(f"torchrun started {parallel.local_world()} processes here, and there "
+                             f"are {torch.cuda.device_count()} GPUs: --nproc-per-node says how "
+                             "many it starts")
+        return torch.device("cuda", parallel.local_rank())
     return torch.device(name)
 
 

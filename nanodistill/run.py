@@ -55,7 +55,8 @@ def start(configs, stage):
 
 
 def fitted(stage, config, model, dtype, device, prompt, response, batch=0, jobs=0):
-    """--slots, --micro-batch and --checkpoint as given, else the fastest that fit: a fit.Choice.
+    """--slots, --micro-batch and --checkpoint as given, else the fastest that fit: a fit.Choice,
+    the same in all processes.
 
     Args:
         prompt, response: tokens of the longest of each.
@@ -63,21 +64,22 @@ def fitted(stage, config, model, dtype, device, prompt, response, batch=0, jobs=
         jobs: samples to be drawn.
     Raises SystemExit with what would fit, where nothing does.
     """
+    shards, world = config.shards or 1, parallel.world()
+    if world % shards or config.lora and shards > 1:
+        sys.exit(f"--shards {shards}: " + (
+            "with --lora each process has the weights whole" if config.lora else
+            f"{world} processes do not split into groups of so many"))
     try:
         choice = fit.choose(
-            stage, model, dtype, fit.free_bytes(device), batch=batch, prompt=prompt,
-            response=response, jobs=jobs, device=device.type, slots=config.slots,
+            stage, model, dtype, min(parallel.gather(fit.free_bytes(device))), batch=batch,
+            prompt=prompt, response=response, jobs=jobs, device=device.type, slots=config.slots,
             micro_batch=getattr(config, "micro_batch", 0),
-            checkpoint=getattr(config, "checkpoint", None), rank=config.lora)
+            checkpoint=getattr(config, "checkpoint", None), rank=config.lora,
+            shards=config.shards, **fit.processes())
     except ValueError as error:
         sys.exit(str(error))
     print(f"{stage}: {choice.line}")
-    shards = config.shards or choice.shards
-    if parallel.world() % shards or config.lora and shards > 1:
-        sys.exit(f"--shards {shards}: " + (
-            "with --lora each process has the weights whole" if config.lora else
-            f"{parallel.world()} processes do not split into groups of so many"))
-    return dataclasses.replace(choice, shards=shards)
+    return choice
 
 
 def compile_layers(sequences, *models):
@@ -220,9 +222,9 @@ def own_file(path):
 def merge(path, key):
     """Append to `path` what other processes have written beside it, now or before they were
     stopped, less the rows whose `key(row)` it has. All wait until that is done."""
-    parts = sorted(path.parent.glob(f"{path.name}.[0-9]*"))
     # Whoever still writes waits here.
     parallel.gather(None)
+    parts = sorted(path.parent.glob(f"{path.name}.[0-9]*"))
     if parts and parallel.rank() == 0:
         known, append = set(map(key, files.read_jsonl(path))), files.Appender(path)
         for part in parts:
@@ -359,8 +361,8 @@ def put_back(model, trained):
 
 
 def every(minutes):
-    """-> a function that is True, in all processes, when about `minutes` have gone by since it
-    last was."""
+    """-> a function that is True when about `minutes` have gone by since it last was. All processes
+    must ask, and get the same answer: their clocks differ."""
     last = time.monotonic()
 
     def due():

@@ -236,12 +236,13 @@ def rank_that_fits(size, given):
     from nanodistill import fit, parallel  # they import torch, which takes 1 s
     gpus = given.get("gpus", 0)
     try:
-        device = parallel.start(fit.pick_device(given.get("device", "auto")))
+        device = fit.pick_device(given.get("device", "auto"))
     except ValueError:                                           # which the stage says at once
         return 0, ""
     if gpus and device.type != "cuda":                           # those meant are elsewhere
         return 0, ""
     # All processes must come to the same answer.
+    parallel.start(device)
     free = min(parallel.gather(fit.free_bytes(device)))
     dtype, processes = fit.pick_dtype(given.get("dtype", "auto"), device), fit.processes(gpus)
     world = processes["world"]

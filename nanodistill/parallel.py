@@ -186,5 +186,5 @@ def like(x, parameter):
     if sharded(x) or not sharded(parameter) or x.shape != parameter.shape:
         return x
     from torch.distributed.tensor import distribute_tensor
-    x = x if parameter.is_meta else x.to(parameter.device)
+    x = x.detach() if parameter.is_meta else x.detach().to(parameter.device)
     return distribute_tensor(x, parameter.device_mesh, parameter.placements, src_data_rank=None)

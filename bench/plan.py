@@ -102,6 +102,12 @@ def settle(*models):
         run.Watch("saving").settle(*models)
 
 
+def score(model, rows, size):
+    # The scores of the other processes, which are not there, are missing.
+    with contextlib.suppress(KeyError) if parallel.world() > 1 else contextlib.nullcontext():
+        score_sequences(model, rows, size)
+
+
 def stage(name, shape, rank, size, prompt, response, checkpoint=False, slots=64):
     """{phase: function} of a stage whose models are made here, with passes of `size` sequences and
     two passes an optimizer step, or one of the whole BATCH; sampling is of `slots`."""
@@ -127,7 +133,7 @@ def stage(name, shape, rank, size, prompt, response, checkpoint=False, slots=64)
         return {"pass": lambda: train_rm.gradients(size, config, model, optimizers, rows[:size]),
                 "step": lambda: (train_rm.gradients(size, config, model, optimizers, rows),
                                  optim.clipped_step(model, optimizers, 1.0)),
-                "held out": lambda: score_sequences(model, ids, size),
+                "held out": lambda: score(model, ids, size),
                 "saving": lambda: settle(model)}
     reference = new(CausalLM, shape, BF16).requires_grad_(False)
     if rank:

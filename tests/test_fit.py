@@ -251,6 +251,22 @@ def test_the_error_says_how_many_gpus_would_do():
         several("8b", shards=1)
 
 
+def test_each_process_has_a_gpu_of_its_own_and_shares_the_memory_of_a_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(fit, "free_memory", lambda: 8 * 10**9)
+    assert fit.pick_device("auto") == torch.device("cuda")
+    assert fit.free_bytes("cpu") == pytest.approx(7.2e9)
+    for name, value in (("world", 16), ("local_world", 8), ("local_rank", 3)):
+        monkeypatch.setattr(parallel, name, lambda value=value: value)
+    assert fit.pick_device("auto") == fit.pick_device("cuda") == torch.device("cuda:3")
+    assert fit.pick_device("cpu") == torch.device("cpu")
+    assert fit.free_bytes("cpu") == pytest.approx(0.9e9)
+    assert fit.processes() == {"world": 16, "local": 8}
+    assert fit.processes(64) == {"world": 64, "local": 8}
+    assert fit.processes(4) == {"world": 4, "local": 4}
+
+
 # FSDP2 itself, by torch's own tracker, with a process group that sends nothing. Four layers.
 WIDE = replace(SHAPES["1b"], vocab_size=8192, hidden_size=256, intermediate_size=1024, head_dim=32,
                num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,

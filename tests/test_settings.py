@@ -263,7 +263,7 @@ def test_of_several_processes_the_dial_asks_for_the_memory_of_all(monkeypatch, c
     # As torchrun says; nothing is sent between them here.
     monkeypatch.setattr(parallel, "world", lambda: 8)
     monkeypatch.setattr(parallel, "local_world", lambda: 8)
-    monkeypatch.setattr(parallel, "start", lambda device: device)
+    monkeypatch.setattr(parallel, "start", lambda device: None)
     monkeypatch.setattr(parallel, "gather", lambda part: [part] * 8)
     assert parse(*taught)["rl"].lora == 0
     # All go by the one that has the least.

@@ -3,6 +3,7 @@
 They meet over gloo on the CPU. A run's numbers do not depend on how many they are.
 """
 
+import fcntl
 import json
 import math
 import os
@@ -113,13 +114,14 @@ def ends(job, folder, seconds=90):
     return code, Path(f"{folder}.log").read_text()
 
 
-def worker(tmp_path, source, count, *args, seconds=90):
-    """Run the text of a script in so many processes; returns what they said."""
+def worker(tmp_path, source, count, *args, seconds=90, code=0):
+    """Run the text of a script in so many processes, to this exit status; returns what they said.
+    """
     script = tmp_path / "worker.py"
     script.write_text(source)
-    code, said = ends(start(tmp_path / "worker", count, script, *args), tmp_path / "worker",
-                      seconds)
-    assert code == 0, said[-3000:]
+    ended, said = ends(start(tmp_path / "worker", count, script, *args), tmp_path / "worker",
+                       seconds)
+    assert ended == code, said[-3000:]
     return said
 
 
@@ -161,9 +163,9 @@ def rows_of(path):
     return sorted(path.read_text().splitlines())
 
 
-# Rounding itself; and what magnifies it: of each response's logprobs the sum, of values a quotient.
+# Rounding itself; and what magnifies it: a sum of many logprobs, a quotient, a norm.
 ROUNDING, WITHIN = ("padding_gap", "sampler_gap", "sampler_kl"), {
-    "kl": 1e-5, "explained_variance": 1e-5}
+    "kl": 1e-5, "explained_variance": 1e-5, "grad_norm": 1e-5}
 
 
 def expect_same_metrics(a, b, stage):
@@ -265,3 +267,126 @@ def test_items_are_dealt_out_by_hand(monkeypatch):
     assert of(0, [*range(7)], 2) == [([0, 3], 1), ([6], 1)]
     assert of(1, [*range(7)], 2) == [([1, 4], 1), ([0], 0)]
     assert of(0, [*range(4)], 3, world=1) == [([0, 1, 2], 1), ([3], 1)]
+
+
+# ---- stopped and resumed ----
+
+def stopped(alone, folder, *more):
+    """Stages on copies of `alone`, each told to stop in its second step or later."""
+    folder.mkdir()
+    return [(*flags(s, copy(alone, folder / s, *INPUTS[s]), *more), n)
+            for s, n in (("sft", 8), ("rm", 13), ("rl", 2))]
+
+
+@pytest.mark.parametrize("shards, then", [(1, 1), (2, 1), *(
+    pytest.param(*case, marks=pytest.mark.slow) for case in [(1, 4), (2, 4), (2, 3)])])
+def test_what_two_processes_left_goes_on_in_another_number(alone, tmp_path, monkeypatch, shards,
+                                                           then):
+    rows = stopped(alone, tmp_path / "runs", "--shards", str(shards))
+    stages(tmp_path, 2, *rows)
+    for stage, *_ in rows:
+        assert (tmp_path / "runs" / stage / stage / "resume.pt").exists()
+        assert not list((tmp_path / "runs" / stage / stage).glob("*.safetensors"))
+    # As many shards as processes, or whole weights.
+    rest = [flags(stage, tmp_path / "runs" / stage, "--shards", str(then if shards > 1 else 1))
+            for stage, *_ in rows]
+    in_this(monkeypatch, *rest) if then == 1 else stages(tmp_path, then, *rest)
+    for stage, *_ in rows:
+        expect_same_metrics(alone, tmp_path / "runs" / stage, stage)
+
+
+# The clocks of two processes never agree: here that of the second stands still.
+ONE_CLOCK_STANDS = '''
+import types
+from nanodistill import parallel, run
+if parallel.rank():
+    run.time = types.SimpleNamespace(monotonic=lambda: 0.0, strftime=run.time.strftime)
+'''
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_checkpoints_by_the_clock_are_written_by_all_at_once(alone, tmp_path, shards):
+    folder = copy(alone, tmp_path / "run", *INPUTS["sft"])
+    more = ["--shards", str(shards), "--save-minutes", "1e-5"]
+    worker(tmp_path, ONE_CLOCK_STANDS + STAGES_WORKER, 2,
+           json.dumps([flags("sft", folder, *more)]))
+    expect_same_metrics(alone, folder, "sft")
+
+
+# ---- the run folder, and what lies in it ----
+
+def test_a_folder_that_another_run_has_is_left_alone(alone, tmp_path):
+    folder = copy(alone, tmp_path / "run", "teacher.jsonl", "labels.jsonl")
+    (folder / "teacher.jsonl.1").write_text('{"id": "torn')
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with open(folder / ".lock", "a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("process 7 on a host")
+        lock.flush()
+        impatient = "from nanodistill import process\nprocess.take.__defaults__ = (0.5,)\n"
+        said = worker(tmp_path, impatient + STAGES_WORKER, 2,
+                      json.dumps([flags("teacher", folder)]), code=1)
+    assert said.count("is in use by process 7 on a host: wait for it") == 1
+    assert "[rank1]" not in said and "RuntimeError" not in said
+    assert {path.name: path.read_bytes() for path in folder.iterdir()
+            if path.name != ".lock"} == before
+
+
+@pytest.mark.parametrize("stage, name", [("teacher", "teacher.jsonl"), ("rm", "student.jsonl"),
+                                         ("eval", "samples")])
+def test_what_three_processes_left_half_done_one_goes_on_from(alone, tmp_path, monkeypatch, stage,
+                                                              name):
+    inputs = {**INPUTS, "teacher": [], "rm": INPUTS["rm"][:-1], "eval": ["rl"]}[stage]
+    folder = copy(alone, tmp_path / "run", *inputs)
+    more = ["--models", str(folder / "rl")] if stage == "eval" else []
+    source = STAGES_WORKER
+    if stage == "eval":                                          # it has no loop that asks
+        source = DIES_AFTER_TEN + source
+    asked = flags(stage, folder, *more)
+    worker(tmp_path, source, 3, json.dumps([asked if stage == "eval" else (*asked, 10)]),
+           code=1 if stage == "eval" else 0)
+    file, = folder.glob("samples/*.jsonl") if stage == "eval" else [folder / name]
+    parts = sorted(file.parent.glob(f"{file.name}.*"))
+    if stage == "eval":
+        # Each of them ended where it was.
+        assert len(parts) == 2
+        torn = parts[0]
+    else:
+        # They merged what they had before they ended; a kill would have left it so:
+        assert not parts and 3 <= len(rows_of(file)) < 36
+        lines = file.read_text().splitlines(keepends=True)
+        file.write_text("".join(lines[:1]))
+        torn = file.with_name(f"{file.name}.1")
+        # Two parts, one line of them there already.
+        torn.write_text("".join(lines[1:-1]))
+        file.with_name(f"{file.name}.2").write_text(lines[0] + lines[-1])
+    with open(torn, "a") as part:
+        part.write('{"id": "to')
+    before = {json.dumps(json.loads(line)) for part in (torn, file) for line in
+              part.read_text().splitlines() if line != '{"id": "to'}
+    in_this(monkeypatch, asked)
+    assert not list(file.parent.glob(f"{file.name}.*"))
+    after = [json.dumps(json.loads(line)) for line in file.read_text().splitlines()]
+    assert before <= set(after) and len(after) == len(set(after))
+    if stage == "eval":
+        said, expected = ({(row["what"].split(", ")[-1], row["id"]): [
+            r["text"] for r in row["responses"]] for row in files.read_jsonl(path)[1:]}
+            for path in (file, alone / "samples" / "rl.jsonl"))
+        assert len(said) == 80 and said.items() <= expected.items()
+    else:
+        assert rows_of(file) == rows_of(alone / name)
+
+
+# Ends a process, as a kill does, when it has written ten lines.
+DIES_AFTER_TEN = '''
+import os
+from nanodistill import files
+write, lines = files.Appender.__call__, []
+def counted(self, row):
+    write(self, row)
+    if "what" in row:
+        lines.append(row)
+        if len(lines) == 10:
+            os._exit(1)
+files.Appender.__call__ = counted
+'''

@@ -23,8 +23,8 @@ import eval as evaluation
 import train_rl
 import train_rm
 import train_sft
-from data import teacher
-from nanodistill import files, parallel, process, run
+from data import hub, teacher
+from nanodistill import files, parallel, process, run, weights
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -390,3 +390,134 @@ def counted(self, row):
             os._exit(1)
 files.Appender.__call__ = counted
 '''
+
+
+# ---- split weights ----
+
+# Prints a line of JSON per case: what differs between split weights and those of one process.
+SPLIT_WORKER = '''
+import json, random, sys
+from pathlib import Path
+import torch
+import train_rm, train_sft
+from conftest import random_model
+from nanodistill import optim, parallel, weights
+from nanodistill.model import CausalLM, ScalarModel
+from types import SimpleNamespace
+
+folder, student = map(Path, sys.argv[1:3])
+device = parallel.start(torch.device("cpu"))
+rng = random.Random(0)
+# Nine rows: five to the first, four to the second, then a filler.
+pairs = [([rng.randrange(4, 96) for _ in range(rng.randrange(2, 9))],
+          [rng.randrange(4, 96) for _ in range(rng.randrange(1, 9))]) for _ in range(9)]
+examples = [train_rm.Example("q", len(a), a + b, bool(i % 3)) for i, (a, b) in enumerate(pairs)]
+
+def distance(a, b):
+    """Of all of a to all of b, relative."""
+    far, size = (torch.cat([x.flatten() for x in of]).norm().item() for of in (
+        [a[n] - b[n] for n in b], b.values()))
+    return far / size
+
+def gradients(kind, model, rows, split):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    tokens = sum(len(b) for _, b in pairs)
+    if split and kind is CausalLM:
+        loss = train_sft.gradients(2, model, optimizer, pairs)
+    elif split:
+        config = SimpleNamespace(rm_loss="bce", token_loss=0.5)
+        loss = train_rm.gradients(2, config, model, [optimizer], examples)
+    else:
+        # Two rows at a time too: sums of bf16 gradients round alike.
+        loss = 0.0
+        for k in range(0, 9, 2):
+            part = (train_sft.summed_loss(model, pairs[k:k + 2], tokens) if kind is CausalLM else
+                    train_rm.summed_bce(model, examples[k:k + 2], 9, tokens, 0.5))
+            part.backward()
+            loss += part.item()
+    return float(loss), optimizer, {
+        n: parallel.whole(p.grad).double() for n, p in model.named_parameters()}
+
+for case in sys.argv[3].split():
+    name, tied, kind, how = case.split("-")
+    kind = {"lm": CausalLM, "scalar": ScalarModel}[kind]
+    source = folder / f"{name}-{tied}-{kind.__name__}"
+    model = random_model(kind, vocab_size=448, num_hidden_layers=3, model_type=name,
+                         tie_word_embeddings=tied == "tied")
+    # As in a folder in bf16: split norms are gathered in bf16, whole ones compute in fp32.
+    for p in model.parameters():
+        p.data = p.data.bfloat16().float()
+    weights.save(model, source, student)
+    dtype = torch.bfloat16 if "bf16" in how else torch.float32
+    exact = gradients(kind, weights.load_to_train(source, kind, device, torch.float32), pairs, 0)
+    one = weights.load_to_train(source, kind, device, dtype)
+    many = weights.load_to_train(source, kind, device, dtype, 0, 2)
+    one.model.checkpoint = many.model.checkpoint = "again" in how
+    one.model.compiled = many.model.compiled = "compiled" in how
+    a, b = gradients(kind, one, pairs, 0), gradients(kind, many, pairs, 1)
+    said = {"case": case, "loss": abs(a[0] - b[0]), "gradient": distance(b[2], a[2]),
+            "one": distance(a[2], exact[2]), "many": distance(b[2], exact[2]),
+            "each": sum(parallel.own(p).numel() for p in many.parameters()),
+            "all": sum(p.numel() for p in one.parameters())}
+    if "compiled" in how:
+        import torch._dynamo.utils as dynamo
+        said["compiled"] = dict(dynamo.counters["stats"])
+        said["breaks"] = dict(dynamo.counters["graph_break"])
+    # A step each, then the weights.
+    norm = optim.clipped_step(many, [b[1]], 1.0)
+    parallel.sum_gradients, real = lambda model: None, parallel.sum_gradients
+    said["norm"] = abs(norm / optim.clipped_step(one, [a[1]], 1.0) - 1).item()
+    parallel.sum_gradients = real
+    whole = {n: parallel.whole(p) for n, p in many.named_parameters()}
+    said["step"] = max((whole[n] - p).abs().max().item() for n, p in one.named_parameters())
+    if kind is CausalLM:
+        said["tied"] = many.lm_head.weight is many.model.embed_tokens.weight
+    weights.save(many, folder / case, student)
+    ids = torch.arange(4, 24).view(2, 10)
+    with torch.no_grad():
+        split = many(ids)
+        saved = weights.load(folder / case, kind, dtype=torch.float32)
+        saved.model.dtype = dtype
+        said["saved"] = (saved(ids) - split).abs().max().item()
+    if parallel.rank() == 0:
+        print(json.dumps(said), flush=True)
+'''
+
+
+def split(tmp_path, *cases):
+    said = worker(tmp_path, SPLIT_WORKER, 2, tmp_path, hub.TINY / "student", " ".join(cases))
+    return {row["case"]: row for row in map(json.loads, (
+        line for line in said.splitlines() if line.startswith('{"case"')))}
+
+
+def test_split_weights_learn_and_are_saved_as_whole_ones(tmp_path):
+    rows = split(tmp_path, "llama-tied-lm-fp32", "qwen3-untied-lm-fp32", "qwen2-tied-lm-fp32again",
+                 "llama-untied-lm-fp32again", "llama-untied-scalar-fp32", "llama-tied-lm-bf16",
+                 "qwen3-untied-lm-bf16again", "qwen2-untied-scalar-bf16")
+    assert len(rows) == 8
+    for case, row in rows.items():
+        assert row.get("tied", False) == ("-tied-lm" in case)
+        # Each process keeps a half, and of dimensions that are odd a little more.
+        assert row["each"] < 0.51 * row["all"]
+        if "fp32" in case:
+            assert row["loss"] < 1e-6 and row["gradient"] < 1e-6 and row["norm"] < 1e-6
+            # AdamW's first step is the rate, 0.01, whatever the gradient, but where that is
+            # rounding: 1e-8 is added to it.
+            assert row["step"] < 1e-4 and row["saved"] < 1e-6
+        else:
+            assert 0 < row["many"] <= 1.25 * row["one"]
+    # The oracle reads what was saved.
+    transformers = pytest.importorskip("transformers")
+    ids = torch.arange(4, 24).view(2, 10)
+    for case in ("llama-tied-lm-fp32", "qwen3-untied-lm-fp32"):
+        oracle = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / case,
+                                                                   dtype=torch.float32)
+        with torch.no_grad():
+            assert (oracle(ids).logits - weights.load(tmp_path / case)(ids)).abs().max() <= 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
+def test_split_weights_with_compiled_layers(tmp_path):
+    row, = split(tmp_path, "llama-untied-lm-fp32compiled").values()
+    assert row["loss"] < 1e-6 and row["gradient"] < 1e-5 and row["saved"] < 1e-5

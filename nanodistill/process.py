@@ -95,6 +95,8 @@ def interruptible():
         if asked:
             raise KeyboardInterrupt
         asked.append(number)
+        if parallel.rank():
+            return
         with contextlib.suppress(OSError):                       # of a terminal that is gone
             print("\nstopping after this step; once more to stop now", file=sys.stderr)
 
@@ -124,18 +126,23 @@ def take(folder, patience=15.0):
             _taken[folder] = os.fdopen(lock, "r+")
             threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     if folder not in _taken:
-        file, until = open(folder / ".lock", "a+"), time.monotonic() + patience
-        # Of several processes the first has it for all.
+        file, until, owner = open(folder / ".lock", "a+"), time.monotonic() + patience, ""
+        # Of several processes the first takes it for all.
         while parallel.rank() == 0:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                owner = ""
                 break
             except BlockingIOError:
                 file.seek(0)
                 owner = file.read().strip() or "another process"
             if time.monotonic() > until:
-                sys.exit(f"--out {folder} is in use by {owner}: wait for it, or give another --out")
+                break
             time.sleep(0.2)
+        # None touches the folder before.
+        owner = parallel.gather(owner)[0]
+        if owner:
+            sys.exit(f"--out {folder} is in use by {owner}: wait for it, or give another --out")
         _taken[folder] = file
     sign(_taken[folder])
 

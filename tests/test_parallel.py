@@ -3,6 +3,7 @@
 They meet over gloo on the CPU. A run's numbers do not depend on how many they are.
 """
 
+import fcntl
 import json
 import math
 import os
@@ -19,8 +20,8 @@ import eval as evaluation
 import train_rl
 import train_rm
 import train_sft
-from data import teacher
-from nanodistill import files, parallel, process, run
+from data import hub, teacher
+from nanodistill import files, parallel, process, run, weights
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,13 +111,14 @@ def ends(job, folder, seconds=90):
     return code, Path(f"{folder}.log").read_text()
 
 
-def worker(tmp_path, source, count, *args, seconds=90):
-    """Run the text of a script in so many processes; returns what they said."""
+def worker(tmp_path, source, count, *args, seconds=90, code=0):
+    """Run the text of a script in so many processes, to this exit status; returns what they said.
+    """
     script = tmp_path / "worker.py"
     script.write_text(source)
-    code, said = ends(start(tmp_path / "worker", count, script, *args), tmp_path / "worker",
-                      seconds)
-    assert code == 0, said[-3000:]
+    ended, said = ends(start(tmp_path / "worker", count, script, *args), tmp_path / "worker",
+                       seconds)
+    assert ended == code, said[-3000:]
     return said
 
 
@@ -158,9 +160,9 @@ def rows_of(path):
     return sorted(path.read_text().splitlines())
 
 
-# Rounding itself; and what magnifies it: of each response's logprobs the sum, of values a quotient.
+# Rounding itself; and what magnifies it: a sum of many logprobs, a quotient, a norm.
 ROUNDING, WITHIN = ("padding_gap", "sampler_gap", "sampler_kl"), {
-    "kl": 1e-5, "explained_variance": 1e-5}
+    "kl": 1e-5, "explained_variance": 1e-5, "grad_norm": 1e-5}
 
 
 def expect_same_metrics(a, b, stage):
@@ -262,3 +264,257 @@ def test_items_are_dealt_out_by_hand(monkeypatch):
     assert of(0, [*range(7)], 2) == [([0, 3], 1), ([6], 1)]
     assert of(1, [*range(7)], 2) == [([1, 4], 1), ([0], 0)]
     assert of(0, [*range(4)], 3, world=1) == [([0, 1, 2], 1), ([3], 1)]
+
+
+# ---- stopped and resumed ----
+
+def stopped(alone, folder, *more):
+    """Stages on copies of `alone`, each told to stop in its second step or later."""
+    folder.mkdir()
+    return [(*flags(s, copy(alone, folder / s, *INPUTS[s]), *more), n)
+            for s, n in (("sft", 8), ("rm", 13), ("rl", 2))]
+
+
+@pytest.mark.parametrize("shards, then", [(1, 1), (2, 1), *(
+    pytest.param(*case, marks=pytest.mark.slow) for case in [(1, 4), (2, 4), (2, 3)])])
+def test_what_two_processes_left_goes_on_in_another_number(alone, tmp_path, monkeypatch, shards,
+                                                           then):
+    rows = stopped(alone, tmp_path / "runs", "--shards", str(shards))
+    stages(tmp_path, 2, *rows)
+    for stage, *_ in rows:
+        assert (tmp_path / "runs" / stage / stage / "resume.pt").exists()
+        assert not list((tmp_path / "runs" / stage / stage).glob("*.safetensors"))
+    # As many shards as processes, or whole weights.
+    rest = [flags(stage, tmp_path / "runs" / stage, "--shards", str(then if shards > 1 else 1))
+            for stage, *_ in rows]
+    in_this(monkeypatch, *rest) if then == 1 else stages(tmp_path, then, *rest)
+    for stage, *_ in rows:
+        expect_same_metrics(alone, tmp_path / "runs" / stage, stage)
+
+
+# The clocks of two processes never agree: here that of the second stands still.
+ONE_CLOCK_STANDS = '''
+import types
+from nanodistill import parallel, run
+if parallel.rank():
+    run.time = types.SimpleNamespace(monotonic=lambda: 0.0, strftime=run.time.strftime)
+'''
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_checkpoints_by_the_clock_are_written_by_all_at_once(alone, tmp_path, shards):
+    folder = copy(alone, tmp_path / "run", *INPUTS["sft"])
+    more = ["--shards", str(shards), "--save-minutes", "1e-5"]
+    worker(tmp_path, ONE_CLOCK_STANDS + STAGES_WORKER, 2,
+           json.dumps([flags("sft", folder, *more)]))
+    expect_same_metrics(alone, folder, "sft")
+
+
+# ---- the run folder, and what lies in it ----
+
+def test_a_folder_that_another_run_has_is_left_alone(alone, tmp_path):
+    folder = copy(alone, tmp_path / "run", "teacher.jsonl", "labels.jsonl")
+    (folder / "teacher.jsonl.1").write_text('{"id": "torn')
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with open(folder / ".lock", "a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("process 7 on a host")
+        lock.flush()
+        impatient = "from nanodistill import process\nprocess.take.__defaults__ = (0.5,)\n"
+        said = worker(tmp_path, impatient + STAGES_WORKER, 2,
+                      json.dumps([flags("teacher", folder)]), code=1)
+    assert said.count("is in use by process 7 on a host: wait for it") == 1
+    assert "[rank1]" not in said and "RuntimeError" not in said
+    assert {path.name: path.read_bytes() for path in folder.iterdir()
+            if path.name != ".lock"} == before
+
+
+@pytest.mark.parametrize("stage, name", [("teacher", "teacher.jsonl"), ("rm", "student.jsonl"),
+                                         ("eval", "samples")])
+def test_what_three_processes_left_half_done_one_goes_on_from(alone, tmp_path, monkeypatch, stage,
+                                                              name):
+    inputs = {**INPUTS, "teacher": [], "rm": INPUTS["rm"][:-1], "eval": ["rl"]}[stage]
+    folder = copy(alone, tmp_path / "run", *inputs)
+    more = ["--models", str(folder / "rl")] if stage == "eval" else []
+    source = STAGES_WORKER
+    if stage == "eval":                                          # it has no loop that asks
+        source = DIES_AFTER_TEN + source
+    asked = flags(stage, folder, *more)
+    worker(tmp_path, source, 3, json.dumps([asked if stage == "eval" else (*asked, 10)]),
+           code=1 if stage == "eval" else 0)
+    file, = folder.glob("samples/*.jsonl") if stage == "eval" else [folder / name]
+    parts = sorted(file.parent.glob(f"{file.name}.*"))
+    if stage == "eval":
+        # Each of them ended where it was.
+        assert len(parts) == 2
+        torn = parts[0]
+    else:
+        # They merged what they had before they ended; a kill would have left it so:
+        assert not parts and 3 <= len(rows_of(file)) < 36
+        lines = file.read_text().splitlines(keepends=True)
+        file.write_text("".join(lines[:1]))
+        torn = file.with_name(f"{file.name}.1")
+        # Two parts, one line of them there already.
+        torn.write_text("".join(lines[1:-1]))
+        file.with_name(f"{file.name}.2").write_text(lines[0] + lines[-1])
+    with open(torn, "a") as part:
+        part.write('{"id": "to')
+    before = {json.dumps(json.loads(line)) for part in (torn, file) for line in
+              part.read_text().splitlines() if line != '{"id": "to'}
+    in_this(monkeypatch, asked)
+    assert not list(file.parent.glob(f"{file.name}.*"))
+    after = [json.dumps(json.loads(line)) for line in file.read_text().splitlines()]
+    assert before <= set(after) and len(after) == len(set(after))
+    if stage == "eval":
+        said, expected = ({(row["what"].split(", ")[-1], row["id"]): [
+            r["text"] for r in row["responses"]] for row in files.read_jsonl(path)[1:]}
+            for path in (file, alone / "samples" / "rl.jsonl"))
+        assert len(said) == 80 and said.items() <= expected.items()
+    else:
+        assert rows_of(file) == rows_of(alone / name)
+
+
+# Ends a process, as a kill does, when it has written ten lines.
+DIES_AFTER_TEN = '''
+import os
+from nanodistill import files
+write, lines = files.Appender.__call__, []
+def counted(self, row):
+    write(self, row)
+    if "what" in row:
+        lines.append(row)
+        if len(lines) == 10:
+            os._exit(1)
+files.Appender.__call__ = counted
+'''
+
+
+# ---- split weights ----
+
+# Prints a line of JSON per case: what differs between split weights and those of one process.
+SPLIT_WORKER = '''
+import json, random, sys
+from pathlib import Path
+import torch
+import train_rm, train_sft
+from conftest import random_model
+from nanodistill import optim, parallel, weights
+from nanodistill.model import CausalLM, ScalarModel
+from types import SimpleNamespace
+
+folder, student = map(Path, sys.argv[1:3])
+device = parallel.start(torch.device("cpu"))
+rng = random.Random(0)
+# Nine rows: five to the first, four to the second, then a filler.
+pairs = [([rng.randrange(4, 96) for _ in range(rng.randrange(2, 9))],
+          [rng.randrange(4, 96) for _ in range(rng.randrange(1, 9))]) for _ in range(9)]
+examples = [train_rm.Example("q", len(a), a + b, bool(i % 3)) for i, (a, b) in enumerate(pairs)]
+
+def distance(a, b):
+    """Of all of a to all of b, relative."""
+    far, size = (torch.cat([x.flatten() for x in of]).norm().item() for of in (
+        [a[n] - b[n] for n in b], b.values()))
+    return far / size
+
+def gradients(kind, model, rows, split):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    tokens = sum(len(b) for _, b in pairs)
+    if split and kind is CausalLM:
+        loss = train_sft.gradients(2, model, optimizer, pairs)
+    elif split:
+        config = SimpleNamespace(rm_loss="bce", token_loss=0.5)
+        loss = train_rm.gradients(2, config, model, [optimizer], examples)
+    else:
+        # Two rows at a time too: sums of bf16 gradients round alike.
+        loss = 0.0
+        for k in range(0, 9, 2):
+            part = (train_sft.summed_loss(model, pairs[k:k + 2], tokens) if kind is CausalLM else
+                    train_rm.summed_bce(model, examples[k:k + 2], 9, tokens, 0.5))
+            part.backward()
+            loss += part.item()
+    return float(loss), optimizer, {
+        n: parallel.whole(p.grad).double() for n, p in model.named_parameters()}
+
+for case in sys.argv[3].split():
+    name, tied, kind, how = case.split("-")
+    kind = {"lm": CausalLM, "scalar": ScalarModel}[kind]
+    source = folder / f"{name}-{tied}-{kind.__name__}"
+    model = random_model(kind, vocab_size=448, num_hidden_layers=3, model_type=name,
+                         tie_word_embeddings=tied == "tied")
+    # As in a folder in bf16: split norms are gathered in bf16, whole ones compute in fp32.
+    for p in model.parameters():
+        p.data = p.data.bfloat16().float()
+    weights.save(model, source, student)
+    dtype = torch.bfloat16 if "bf16" in how else torch.float32
+    exact = gradients(kind, weights.load_to_train(source, kind, device, torch.float32), pairs, 0)
+    one = weights.load_to_train(source, kind, device, dtype)
+    many = weights.load_to_train(source, kind, device, dtype, 0, 2)
+    one.model.checkpoint = many.model.checkpoint = "again" in how
+    one.model.compiled = many.model.compiled = "compiled" in how
+    a, b = gradients(kind, one, pairs, 0), gradients(kind, many, pairs, 1)
+    said = {"case": case, "loss": abs(a[0] - b[0]), "gradient": distance(b[2], a[2]),
+            "one": distance(a[2], exact[2]), "many": distance(b[2], exact[2]),
+            "each": sum(parallel.own(p).numel() for p in many.parameters()),
+            "all": sum(p.numel() for p in one.parameters())}
+    if "compiled" in how:
+        import torch._dynamo.utils as dynamo
+        said["compiled"] = dict(dynamo.counters["stats"])
+        said["breaks"] = dict(dynamo.counters["graph_break"])
+    # A step each, then the weights.
+    norm = optim.clipped_step(many, [b[1]], 1.0)
+    parallel.sum_gradients, real = lambda model: None, parallel.sum_gradients
+    said["norm"] = abs(norm / optim.clipped_step(one, [a[1]], 1.0) - 1).item()
+    parallel.sum_gradients = real
+    whole = {n: parallel.whole(p) for n, p in many.named_parameters()}
+    said["step"] = max((whole[n] - p).abs().max().item() for n, p in one.named_parameters())
+    if kind is CausalLM:
+        said["tied"] = many.lm_head.weight is many.model.embed_tokens.weight
+    weights.save(many, folder / case, student)
+    ids = torch.arange(4, 24).view(2, 10)
+    with torch.no_grad():
+        split = many(ids)
+        saved = weights.load(folder / case, kind, dtype=torch.float32)
+        saved.model.dtype = dtype
+        said["saved"] = (saved(ids) - split).abs().max().item()
+    if parallel.rank() == 0:
+        print(json.dumps(said), flush=True)
+'''
+
+
+def split(tmp_path, *cases):
+    said = worker(tmp_path, SPLIT_WORKER, 2, tmp_path, hub.TINY / "student", " ".join(cases))
+    return {row["case"]: row for row in map(json.loads, (
+        line for line in said.splitlines() if line.startswith('{"case"')))}
+
+
+def test_split_weights_learn_and_are_saved_as_whole_ones(tmp_path):
+    rows = split(tmp_path, "llama-tied-lm-fp32", "qwen3-untied-lm-fp32", "qwen2-tied-lm-fp32again",
+                 "llama-untied-lm-fp32again", "llama-untied-scalar-fp32", "llama-tied-lm-bf16",
+                 "qwen3-untied-lm-bf16again", "qwen2-untied-scalar-bf16")
+    assert len(rows) == 8
+    for case, row in rows.items():
+        assert row.get("tied", False) == ("-tied-lm" in case)
+        # Each process keeps a half, and of dimensions that are odd a little more.
+        assert row["each"] < 0.51 * row["all"]
+        if "fp32" in case:
+            assert row["loss"] < 1e-6 and row["gradient"] < 1e-6 and row["norm"] < 1e-6
+            # AdamW's first step is the rate, 0.01, whatever the gradient, but where that is
+            # rounding: 1e-8 is added to it.
+            assert row["step"] < 1e-4 and row["saved"] < 1e-6
+        else:
+            assert 0 < row["many"] <= 1.25 * row["one"]
+    # The oracle reads what was saved.
+    transformers = pytest.importorskip("transformers")
+    ids = torch.arange(4, 24).view(2, 10)
+    for case in ("llama-tied-lm-fp32", "qwen3-untied-lm-fp32"):
+        oracle = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / case,
+                                                                   dtype=torch.float32)
+        with torch.no_grad():
+            assert (oracle(ids).logits - weights.load(tmp_path / case)(ids)).abs().max() <= 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
+def test_split_weights_with_compiled_layers(tmp_path):
+    row, = split(tmp_path, "llama-untied-lm-fp32compiled").values()
+    assert row["loss"] < 1e-6 and row["gradient"] < 1e-5 and row["saved"] < 1e-5

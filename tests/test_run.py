@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 import torch
+from conftest import random_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanodistill import files, run
+from nanodistill import files, lora, losses, run
 from nanodistill.settings import flag
 
 
@@ -97,3 +98,13 @@ def test_metrics_become_numbers_together(tmp_path):
     assert waits.count == 0                                  # one list of them all, on any device
     assert values == {"a": torch.tensor(0.1).item(), "b": 2, "c": -3.0}
     assert list(values) == ["a", "b", "c"]
+
+
+def test_a_long_stage_on_a_cpu_compiles_layers_where_no_ratio_depends_on_it(monkeypatch):
+    monkeypatch.setattr(losses, "no_compiler", lambda device: False)
+    plain, short, bf16, adapted = (random_model() for _ in range(4))
+    bf16.model.dtype = torch.bfloat16
+    lora.adapt(adapted, 2)
+    run.compile_layers(20_000, plain, bf16, adapted)
+    run.compile_layers(19_999, short)
+    assert [m.model.compiled for m in (plain, short, bf16, adapted)] == [True, False, False, False]

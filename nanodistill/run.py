@@ -68,7 +68,7 @@ def fitted(stage, config, model, dtype, device, prompt, response, batch=0, jobs=
     if world % shards or config.lora and shards > 1:
         sys.exit(f"--shards {shards}: " + (
             "with --lora each process has the weights whole" if config.lora else
-            f"{world} processes do not split into groups of so many"))
+            f"{world} processes do not split into groups of so many (0 = as it fits)"))
     try:
         choice = fit.choose(
             stage, model, dtype, min(parallel.gather(fit.free_bytes(device))), batch=batch,

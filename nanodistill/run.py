@@ -72,7 +72,13 @@ def fitted(stage, config, model, dtype, device, prompt, response, batch=0, jobs=
     except ValueError as error:
         sys.exit(str(error))
     print(f"{stage}: {choice.line}")
-    return dataclasses.replace(choice, shards=config.shards or choice.shards)
+    shards = config.shards or choice.shards
+    if parallel.world() % shards:
+        sys.exit(f"--shards {shards} must divide the number of processes, which is "
+                 f"{parallel.world()}: torchrun's --nproc-per-node (times its --nnodes)")
+    if shards > 1 and config.lora:
+        sys.exit(f"--shards {shards}: not with --lora, whose frozen weights are whole")
+    return dataclasses.replace(choice, shards=shards)
 
 
 def halve_when_full(work, size, *args):

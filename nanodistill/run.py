@@ -64,11 +64,12 @@ def fitted(stage, config, model, dtype, device, prompt, response, batch=0, jobs=
         jobs: samples to be drawn.
     Raises SystemExit with what would fit, where nothing does.
     """
-    shards, world = config.shards or 1, parallel.world()
-    if world % shards or config.lora and shards > 1:
-        sys.exit(f"--shards {shards}: " + (
-            "with --lora each process has the weights whole" if config.lora else
-            f"{world} processes do not split into groups of so many (0 = as it fits)"))
+    shards = config.shards or 1
+    if parallel.world() % shards:
+        sys.exit(f"--shards {shards} must divide the number of processes, which is "
+                 f"{parallel.world()}: torchrun's --nproc-per-node (times its --nnodes)")
+    if shards > 1 and config.lora:
+        sys.exit(f"--shards {shards}: not with --lora, whose frozen weights are whole")
     try:
         choice = fit.choose(
             stage, model, dtype, min(parallel.gather(fit.free_bytes(device))), batch=batch,

@@ -68,6 +68,11 @@ process.guard(main)
 '''
 
 
+def slow(case):
+    """A case that says little more than another one: the processes of a test take seconds each."""
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
 def environment():
     paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1",
@@ -203,8 +208,7 @@ def expect_same_run(a, b):
 
 
 @pytest.mark.parametrize("count, shards", [
-    (2, 1), (4, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in [
-        (4, 1), (2, 2), (4, 4), (3, 3)])])
+    (2, 1), *map(slow, [(4, 2), (4, 1), (2, 2), (4, 4), (3, 3)])])
 def test_a_whole_run_gives_the_same(alone, tmp_path, count, shards):
     more = ["--shards", str(shards)]
     stages(tmp_path, count, *(flags(stage, tmp_path / "run", *more) for stage in STAGES))
@@ -237,8 +241,7 @@ def few_alone(alone, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("count, shards", [(3, 1), (3, 3), pytest.param(
-    4, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count, shards", [(3, 3), *map(slow, [(3, 1), (4, 2)])])
 def test_processes_without_a_row_wait_for_none(alone, few_alone, tmp_path, count, shards):
     rows = few(alone, tmp_path / "runs", "--shards", str(shards))
     stages(tmp_path, count, *rows)
@@ -279,8 +282,7 @@ def stopped(alone, folder, *more):
             for s, n in (("sft", 8), ("rm", 13), ("rl", 2))]
 
 
-@pytest.mark.parametrize("shards, then", [(1, 1), (2, 1), *(
-    pytest.param(*case, marks=pytest.mark.slow) for case in [(1, 4), (2, 4), (2, 3)])])
+@pytest.mark.parametrize("shards, then", [(2, 1), *map(slow, [(1, 1), (1, 4), (2, 4), (2, 3)])])
 def test_what_two_processes_left_goes_on_in_another_number(alone, tmp_path, monkeypatch, shards,
                                                            then):
     rows = stopped(alone, tmp_path / "runs", "--shards", str(shards))
@@ -305,7 +307,7 @@ if parallel.rank():
 '''
 
 
-@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("shards", [2, slow([1])])
 def test_checkpoints_by_the_clock_are_written_by_all_at_once(alone, tmp_path, shards):
     folder = copy(alone, tmp_path / "run", *INPUTS["sft"])
     more = ["--shards", str(shards), "--save-minutes", "1e-5"]
@@ -314,22 +316,23 @@ def test_checkpoints_by_the_clock_are_written_by_all_at_once(alone, tmp_path, sh
     expect_same_metrics(alone, folder, "sft")
 
 
-def begun(alone, tmp_path, count, stage="sft"):
-    """train_rl.py, whose processes have each started train_rm.py, and that train_sft.py, which has
-    done some steps -> (torchrun, run folder)."""
+def begun(alone, tmp_path, script="train_rl.py", depth=3):
+    """Two processes of a script, which have each started the stage before it, and so on to
+    train_sft.py, which has done some steps -> (torchrun, run folder)."""
     folder = copy(alone, tmp_path / "run", "teacher.jsonl", "labels.jsonl")
-    job = start(tmp_path / "run", count, ROOT / "train_rl.py", *COMMON, "--sft.epochs", "9",
+    job = start(tmp_path / "run", 2, ROOT / script, *COMMON, "--sft.epochs", "9",
                 "--sft.batch-size", "7", "--out", folder)
     until = time.monotonic() + 60
     while not any(step >= 10 for step in run.read_metrics(folder, "sft")) and job.poll() is None:
         assert time.monotonic() < until
         time.sleep(0.05)
-    assert len(alive(str(folder))) == 3 * count + 1
+    assert len(alive(str(folder))) == 2 * depth + 1
     return job, folder
 
 
-def test_a_signal_to_torchrun_saves_once_and_leaves_no_process(alone, tmp_path):
-    job, folder = begun(alone, tmp_path, 2)
+@pytest.mark.parametrize("script, depth", [("train_rm.py", 2), slow(("train_rl.py", 3))])
+def test_a_signal_to_torchrun_saves_once_and_leaves_no_process(alone, tmp_path, script, depth):
+    job, folder = begun(alone, tmp_path, script, depth)
     job.terminate()
     code, said = ends(job, folder, 20)
     assert code == 1 and not alive(str(folder))
@@ -339,8 +342,9 @@ def test_a_signal_to_torchrun_saves_once_and_leaves_no_process(alone, tmp_path):
     assert "[rank" not in said and (folder / "sft" / "resume.pt").exists()
 
 
+@pytest.mark.slow
 def test_when_one_process_dies_all_end_and_the_rest_goes_on_from_what_was_saved(alone, tmp_path):
-    job, folder = begun(alone, tmp_path, 2)
+    job, folder = begun(alone, tmp_path)
     of_second = [number for number in alive(str(folder)) if b"train_sft.py" in Path(
         f"/proc/{number}/cmdline").read_bytes() and b"\0RANK=1\0" in Path(
         f"/proc/{number}/environ").read_bytes()]
@@ -359,17 +363,18 @@ def test_when_one_process_dies_all_end_and_the_rest_goes_on_from_what_was_saved(
 
 
 @pytest.mark.parametrize("count, more, says", [
-    (3, ["--shards", "2"], "--shards 2 must divide the number of processes, which is 3"),
+    slow((3, ["--shards", "2"], "--shards 2 must divide the number of processes, which is 3")),
     (1, ["--shards", "2"], "--shards 2 must divide the number of processes, which is 1"),
-    (2, ["--shards", "2", "--lora", "4"], "--shards 2: not with --lora")])
+    slow((2, ["--shards", "2", "--lora", "4"], "--shards 2: not with --lora"))])
 def test_what_cannot_be_split_is_said(alone, tmp_path, count, more, says):
     folder = copy(alone, tmp_path / "run", *INPUTS["sft"])
     said = worker(tmp_path, STAGES_WORKER, count, json.dumps([flags("sft", folder, *more)]), code=1)
     assert said.count(says) == 1 and "[rank" not in said
 
 
+@pytest.mark.slow
 def test_when_torchrun_dies_its_processes_save_and_end(alone, tmp_path):
-    job, folder = begun(alone, tmp_path, 2)
+    job, folder = begun(alone, tmp_path)
     job.kill()
     job.wait()
     until = time.monotonic() + 30
@@ -395,6 +400,7 @@ reward.score = full
 """
 
 
+@pytest.mark.slow
 def test_where_one_process_runs_out_of_memory_it_alone_begins_anew(alone, tmp_path):
     folder = copy(alone, tmp_path / "run", *INPUTS["rm"])
     said = worker(tmp_path, ONE_IS_FULL + STAGES_WORKER, 2, json.dumps([flags("rm", folder)]))
@@ -421,8 +427,8 @@ def test_a_folder_that_another_run_has_is_left_alone(alone, tmp_path):
             if path.name != ".lock"} == before
 
 
-@pytest.mark.parametrize("stage, name", [("teacher", "teacher.jsonl"), ("rm", "student.jsonl"),
-                                         ("eval", "samples")])
+@pytest.mark.parametrize("stage, name", [("teacher", "teacher.jsonl"), ("eval", "samples"),
+                                         slow(("rm", "student.jsonl"))])
 def test_what_three_processes_left_half_done_one_goes_on_from(alone, tmp_path, monkeypatch, stage,
                                                               name):
     inputs = {**INPUTS, "teacher": [], "rm": INPUTS["rm"][:-1], "eval": ["rl"]}[stage]

@@ -501,7 +501,8 @@ from nanodistill.model import CausalLM, ScalarModel
 from types import SimpleNamespace
 
 folder, student = map(Path, sys.argv[1:3])
-device = parallel.start(torch.device("cpu"))
+device = torch.device("cpu")
+parallel.start(device)
 rng = random.Random(0)
 # Nine rows: five to the first, four to the second, then a filler.
 pairs = [([rng.randrange(4, 96) for _ in range(rng.randrange(2, 9))],

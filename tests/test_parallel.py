@@ -241,7 +241,8 @@ def few_alone(alone, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("count, shards", [(3, 3), *map(slow, [(3, 1), (4, 2)])])
+@pytest.mark.slow
+@pytest.mark.parametrize("count, shards", [(3, 3), (3, 1), (4, 2)])
 def test_processes_without_a_row_wait_for_none(alone, few_alone, tmp_path, count, shards):
     rows = few(alone, tmp_path / "runs", "--shards", str(shards))
     stages(tmp_path, count, *rows)
@@ -307,7 +308,8 @@ if parallel.rank():
 '''
 
 
-@pytest.mark.parametrize("shards", [2, slow([1])])
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", [2, 1])
 def test_checkpoints_by_the_clock_are_written_by_all_at_once(alone, tmp_path, shards):
     folder = copy(alone, tmp_path / "run", *INPUTS["sft"])
     more = ["--shards", str(shards), "--save-minutes", "1e-5"]
@@ -641,6 +643,7 @@ def test_a_server_is_asked_once_per_sample_in_all(tmp_path):
     assert not list(folder.glob("*.1")) and not (folder / "teacher.part.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_adapters(alone, tmp_path, monkeypatch):
     one, two, cut = (tmp_path / name for name in ("one", "two", "cut"))
     lora = {"sft": ["--lora", "4"], "rm": ["--lora", "4"], "rl": ["--lora", "4"]}

@@ -9,8 +9,9 @@ Backs the README's rows of training, 4 sequences of 512 tokens, all of which bea
     bf16    3.1 s; compiled whole 2.6     3.9
     fp32    10.2 s; compiled whole 9.5    9.9
 
-On a CPU the stages run ours as it is. On CUDA they compile it by layer, around its attention: whole
-it would be compiled anew for each batch, for packed batches are all of another shape.
+On a CPU the stages run ours as it is, or where many sequences in fp32 are before them, compiled by
+layer, around its attention; on CUDA always so. Whole it would be compiled anew for each batch, for
+packed batches are all of another shape.
 """
 
 import common

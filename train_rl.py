@@ -235,8 +235,8 @@ def train(config, folder, device, dtype):
 
     # ---- optimizers ----
     optimizers = policy_optimizer, value_optimizer = [torch.optim.AdamW(
-        lora.trained(model).values(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-        for model in (policy, value_model)]
+        optim.groups(lora.trained(model).values()), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0,
+        fused=True) for model in (policy, value_model)]
 
     # ---- resume ----
     checkpoint = folder / "rl" / "resume.pt"

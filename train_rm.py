@@ -233,7 +233,8 @@ def train(config, folder, device, dtype):
         for_muon = config.optimizer == "muon" and p.dim() == 2 and name.startswith("model.layers")
         (matrices if for_muon else rest).append(p)
     parts = dict(model=model, optimizer=torch.optim.AdamW(
-        rest, lr=0.0, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True))
+        optim.groups(rest), lr=0.0, betas=(0.9, 0.95), weight_decay=config.weight_decay,
+        fused=True))
     if matrices:
         parts["muon"] = torch.optim.Muon(matrices, lr=0.0, weight_decay=config.weight_decay,
                                          adjust_lr_fn="match_rms_adamw")

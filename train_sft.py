@@ -156,8 +156,8 @@ def train(config, folder, source, device, dtype):
     run.compile_layers(steps * batch_size, model)
     if config.lora:
         print(f"sft: {lora.described(model)}")
-    optimizer = torch.optim.AdamW(lora.trained(model).values(), lr=0.0, betas=(0.9, 0.95),
-                                  weight_decay=config.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(optim.groups(lora.trained(model).values()), lr=0.0,
+                                  betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
 
     # ---- resume ----
     checkpoint, parts = folder / "sft" / "resume.pt", dict(model=model, optimizer=optimizer)

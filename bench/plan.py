@@ -86,7 +86,8 @@ def trained(kind, shape, rank, checkpoint=False):
 
 
 def adamw(model):
-    return torch.optim.AdamW(lora.trained(model).values(), 1e-6, (0.9, 0.95), fused=True)
+    return torch.optim.AdamW(optim.groups(lora.trained(model).values()), 1e-6, (0.9, 0.95),
+                             fused=True)
 
 
 def sample(model, prompts, response, slots=64, graphs=None):

@@ -126,17 +126,20 @@ def _mesh(device, shards):
 
 
 def shard(model, shards, device, dtype):
-    """Split the weights of a CausalLM or ScalarModel on the meta device over `shards` processes, a
+    """Split the matrices of a CausalLM or ScalarModel on the meta device over `shards` processes, a
     layer at a time; 1: leave them whole. Layers are gathered in `dtype`, their gradients summed in
-    fp32. Such a model must be called itself, not its parts, and by all processes."""
+    fp32. Such a model must be called itself, not its parts, and by all processes. Vectors stay
+    whole: they are small, and in `dtype` norms would be rounded."""
     if shards > 1:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         # Nobody changes in place what such a model returns.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
                                       cast_forward_inputs=False)
+        vectors = {p for p in model.parameters() if p.dim() == 1}
         for part in (*model.model.layers, model):
-            fully_shard(part, mesh=_mesh(torch.device(device).type, shards), mp_policy=policy)
+            fully_shard(part, mesh=_mesh(torch.device(device).type, shards), mp_policy=policy,
+                        ignored_params=vectors)
             part.set_gradient_divide_factor(1.0)
             # gloo can sum, but not scale and sum.
             part.set_force_sum_reduction_for_comms(True)
@@ -162,7 +165,7 @@ def own(x):
 
 
 def sum_gradients(*models):
-    """Sum the gradients of models that each process has whole; FSDP2 has summed its own."""
+    """Sum the gradients of what each process has whole; FSDP2 has summed the others."""
     sum_(*(p.grad for model in models for p in model.parameters()
            if p.grad is not None and not sharded(p)))
 

@@ -518,7 +518,7 @@ def distance(a, b):
     return far / size
 
 def gradients(kind, model, rows, split):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(optim.groups(model.parameters()), lr=1e-2)
     tokens = sum(len(b) for _, b in pairs)
     if split and kind is CausalLM:
         loss = train_sft.gradients(2, model, optimizer, pairs)
@@ -542,9 +542,6 @@ for case in sys.argv[3].split():
     source = folder / f"{name}-{tied}-{kind.__name__}"
     model = random_model(kind, vocab_size=448, num_hidden_layers=3, model_type=name,
                          tie_word_embeddings=tied == "tied")
-    # As in a folder in bf16: split norms are gathered in bf16, whole ones compute in fp32.
-    for p in model.parameters():
-        p.data = p.data.bfloat16().float()
     weights.save(model, source, student)
     dtype = torch.bfloat16 if "bf16" in how else torch.float32
     exact = gradients(kind, weights.load_to_train(source, kind, device, torch.float32), pairs, 0)

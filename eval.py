@@ -164,7 +164,8 @@ def main(argv=None):
     labels = {} if config.models else {
         row["id"]: row for row in files.read_jsonl(folder / "labels.jsonl", "id", "vote")}
     votes = {id_: row["vote"] for id_, row in labels.items() if row["vote"] is not None}
-    held_out = [q for q in (task.questions("train") if labels else [])
+    scored = not config.models and weights.complete(folder / "rm")
+    held_out = [q for q in (task.questions("train") if scored else [])
                 if run.held_out(q["id"]) and q["id"] in votes]
 
     # ---- 2. each model answers the test questions, the RL student the held-out ones too ----
@@ -186,8 +187,8 @@ def main(argv=None):
     for b, a in combinations(right, 2):
         report["pairs"][f"{a}-{b}"] = paired(right[a], right[b])
 
-    # ---- 4. the reward model ----
-    if not config.models and weights.complete(folder / "rm"):
+    # ---- 4. the reward model, if there is one ----
+    if scored:
         tokenizer = Tokenizer(folder / "rm", config.date)
         model = weights.load(folder / "rm", ScalarModel, device=device, dtype=dtype)
         responses = held_out_responses(

@@ -108,6 +108,11 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, denominator=
     return masked_mean(losses, mask, denominator), stats
 
 
+def total(measurements):
+    """Sums, key by key, of dicts with the same keys, such as those of micro-batches."""
+    return {key: sum(m[key] for m in measurements) for key in measurements[0]}
+
+
 def value_loss(values, old_values, returns, mask, clip=0.2, denominator=None):
     """Half the mean squared error; per token the larger of that of `values` and that of `values`
     clipped to within `clip` of `old_values`."""

@@ -35,6 +35,7 @@ from nanodistill.generate import sample_all
 from nanodistill.model import CausalLM, ScalarModel
 from nanodistill.reward import score, score_answers, squash_of
 from nanodistill.settings import Training, flag
+from nanodistill.stats import within
 from nanodistill.tokenizer import Tokenizer
 
 
@@ -340,6 +341,7 @@ def train(config, folder, device, dtype, reward=None, teacher=None):
             # ---- metrics ----
             by_sampler, = on_device(device, [p for s in samples for p in s.logprobs])
             by_sampler = old_logprobs.masked_scatter(response_mask, by_sampler)    # (B, R)
+            right = [task.equal(a, votes[id_]) for a, id_ in zip(answers, ids)]     # by the vote
             row = metrics(
                 step, score=scores.mean(), rewards=rewards.sum(1).mean(), kl=kl, kl_coef=kl_coef,
                 learning_rate=rate * config.learning_rate,
@@ -351,6 +353,8 @@ def train(config, folder, device, dtype, reward=None, teacher=None):
                     old_values, returns, response_mask)} if value_model else {}),
                 entropy=ppo.masked_mean(entropy, response_mask), length=sum(counts) / B,
                 ended=ended.float().mean(), answered=sum(a is not None for a in answers) / B,
+                **within(ids, scores.tolist(), right),
+                **{f"vote_{key}": value for key, value in within(ids, right, right).items()},
                 **task.true_accuracy("train", ids, texts))
             shown = ("score", "kl", "true_accuracy", "length")
             bar.set_postfix({key: f"{row[key]:.2f}" for key in shown if key in row})

@@ -35,7 +35,7 @@ from nanodistill.batches import pack
 from nanodistill.model import ScalarModel
 from nanodistill.reward import bce_loss, bt_loss, score, score_sequences
 from nanodistill.settings import Training, flag
-from nanodistill.stats import calibration, measure
+from nanodistill.stats import calibration, measure, within
 from nanodistill.tokenizer import Tokenizer
 
 
@@ -141,7 +141,9 @@ def evaluate(micro_batch, model, held_out):
     """Scores of the held-out responses, and their figures, by source."""
     scores = {s: score_sequences(model, [e.ids for e in rows], micro_batch)
               for s, rows in held_out.items()}
-    return scores, {s: measure(scores[s], [e.label for e in held_out[s]]) for s in scores}
+    labels = {s: [e.label for e in rows] for s, rows in held_out.items()}
+    return scores, {s: measure(scores[s], labels[s])
+                    | within([e.id for e in held_out[s]], scores[s], labels[s]) for s in scores}
 
 
 def train(config, folder, device, dtype):

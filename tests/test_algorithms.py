@@ -33,7 +33,7 @@ from test_stages import StopAfter
 
 import eval as evaluation
 import train_rl
-from data import hub, ready
+from data import TASKS, hub, ready
 from nanodistill import lora, process, settings, weights
 
 
@@ -172,6 +172,10 @@ def test_a_response_scores_1_exactly_if_its_answer_is_the_teachers_vote(
     folder = without_rm(tmp_path / "run", language_model())
     (row,) = plain(folder, *of("rloo", "vote"), max_new_tokens=32)
     assert scores == [[1, 0, 0, 0] * 16] and row["score"] == 0.25 and row["answered"] == 0.5
+    # One in four: deviation sqrt(3) / 4.
+    assert row["within_auc"] == row["vote_within_auc"] == 1
+    assert row["alike"] == row["vote_alike"] == 0
+    assert row["spread"] == row["vote_spread"] == pytest.approx(3**0.5 / 4)
     assert stages_run == ["eval.py"] and not (folder / "rm").exists()
     evaluation.main(["--student", str(folder / "student"), "--teacher", "tiny", "--task",
                      "arithmetic", "--threads", "1", "--device", "cpu", "--seed", "11", "--date",
@@ -194,6 +198,22 @@ def test_a_response_scores_by_the_majority_of_its_own_group(tmp_path, monkeypatc
     assert scores == [[s for k in asked for s in by_hand[k % 3]]]
     unheld = {k for k, q in enumerate(QUESTIONS) if q["id"] not in HELD_OUT}
     assert set(asked) == unheld and UNVOTED in {QUESTIONS[k]["id"] for k in asked}
+
+
+@pytest.mark.parametrize("reward", ["vote", "self"])
+def test_neither_the_vote_nor_the_majority_depends_on_gold(tmp_path, monkeypatch, plain, reward):
+    """Whatever the gold answers are, or none: the weights are the very same."""
+    everywhere(monkeypatch, "generate", scripted(lambda *_: SAID[:2] + SAID[:1] + SAID[3:]))
+    for name, gold in (("true", None), ("false", "8"), ("none", {})):
+        folder = without_rm(tmp_path / name, language_model())
+        with monkeypatch.context() as patch:
+            if gold is not None:
+                patch.setattr(TASKS["arithmetic"], "gold", lambda self, split, gold=gold: gold and {
+                    q["id"]: gold for q in self.questions(split)})
+            (row,) = plain(folder, *of("rloo", reward), max_new_tokens=32, learning_rate=1e-3)
+        assert ("true_accuracy" in row) == (name != "none")
+        assert moved(tensors(tmp_path / "true" / "rl"), tensors(folder / "rl")) == 0
+    assert moved(tensors(folder / "sft"), tensors(folder / "rl")) > 1e-4
 
 
 def test_a_function_of_python_may_score(tmp_path, monkeypatch, plain, scores):

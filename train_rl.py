@@ -359,7 +359,6 @@ def train(config, folder, device, dtype, reward=None, teacher=None):
             shown = ("score", "kl", "true_accuracy", "length")
             bar.set_postfix({key: f"{row[key]:.2f}" for key in shown if key in row})
 
-            # Asked once per step: an interrupt between two askings would not be saved.
             save(asked_to_stop(), step=step + 1, kl_coef=kl_coef, micro_batch=micro_batch,
                  slots=slots, seconds=metrics.seconds(seconds))
     watch.settle(policy)

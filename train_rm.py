@@ -270,7 +270,6 @@ def train(config, folder, device, dtype):
                 row = metrics(step, loss=total, grad_norm=norm, learning_rate=rate)
                 bar.set_postfix(loss=f"{row['loss']:.4f}")
 
-            # Asked once per step: an interrupt between two askings would not be saved.
             save(asked_to_stop(), step=step, best=best, best_weights=best_weights,
                  micro_batch=micro_batch, seconds=metrics.seconds(seconds))
 

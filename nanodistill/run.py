@@ -384,6 +384,7 @@ def saver(path, config, parts, watch):
         part for part in parts.values() if isinstance(part, torch.nn.Module)]
 
     def save(stop, **state):
+        # `stop` is one asking: an interrupt between two would not be saved.
         stop = parallel.any_(stop)
         if stop or due():
             watch.settle(*models)

@@ -28,7 +28,7 @@ from nanodistill import files, fit, parallel, process, run, settings, vote, weig
 from nanodistill.model import ScalarModel
 from nanodistill.report import draw
 from nanodistill.reward import score_sequences
-from nanodistill.stats import auc, measure, paired, wilson
+from nanodistill.stats import auc, measure, paired, wilson, within
 from nanodistill.tokenizer import Tokenizer
 
 
@@ -116,15 +116,21 @@ def scores(model, tokenizer, task, questions, samples, own):
 
 def reward_figures(model, tokenizer, task, held_out, votes, responses, questions, gold, sampled):
     """The reward model on {name: [[response] to each question]}: `responses` to the `held_out`
-    questions by {id: vote}, `sampled` ones to the test `questions` by {id: gold answer}."""
-    figures = {"auc": {}, "auc_gold": {}, "auc_own_logprob": {}, "held_out": {}}
+    questions by {id: vote}, `sampled` ones to the test `questions` by {id: gold answer}; and what
+    it and the vote tell of the responses to one held-out question, by gold where there is some."""
+    figures = {"auc": {}, "auc_gold": {}, "auc_own_logprob": {}, "held_out": {}, "within": {}}
+    held_out_gold = task.gold("train")
     for name, rows in responses.items():
         own = name != "teacher"
         if any(rows):
             truth = list(chain.from_iterable(graded(task, votes, held_out, rows)))
-            figures["held_out"][name] = measure(
-                scores(model, tokenizer, task, held_out, rows, own), truth)
+            found = scores(model, tokenizer, task, held_out, rows, own)
+            figures["held_out"][name] = measure(found, truth)
             figures["auc"][name] = figures["held_out"][name]["auc"]
+            ids = [q["id"] for q, row in zip(held_out, rows) for _ in row]
+            right = list(chain.from_iterable(graded(task, held_out_gold, held_out, rows)))
+            figures["within"][name] = {"reward_model": within(ids, found, right),
+                                       "vote": within(ids, truth, right)}
         if name in sampled:
             truth = list(chain.from_iterable(graded(task, gold, questions, sampled[name])))
             logprobs = [s["logprob"] for row in sampled[name] for s in row]
@@ -164,7 +170,8 @@ def main(argv=None):
     labels = {} if config.models else {
         row["id"]: row for row in files.read_jsonl(folder / "labels.jsonl", "id", "vote")}
     votes = {id_: row["vote"] for id_, row in labels.items() if row["vote"] is not None}
-    held_out = [q for q in (task.questions("train") if labels else [])
+    scored = not config.models and weights.complete(folder / "rm")
+    held_out = [q for q in (task.questions("train") if scored else [])
                 if run.held_out(q["id"]) and q["id"] in votes]
 
     # ---- 2. each model answers the test questions, the RL student the held-out ones too ----
@@ -186,8 +193,8 @@ def main(argv=None):
     for b, a in combinations(right, 2):
         report["pairs"][f"{a}-{b}"] = paired(right[a], right[b])
 
-    # ---- 4. the reward model ----
-    if not config.models and weights.complete(folder / "rm"):
+    # ---- 4. the reward model, if there is one ----
+    if scored:
         tokenizer = Tokenizer(folder / "rm", config.date)
         model = weights.load(folder / "rm", ScalarModel, device=device, dtype=dtype)
         responses = held_out_responses(

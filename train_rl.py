@@ -2,14 +2,15 @@
 
     python train_rl.py                                the tiny student, from nothing to the table
     python train_rl.py --steps 100 --kl-coef 0.1      longer, and closer to the SFT student
+    python train_rl.py --algorithm rloo --samples 4 --reward vote       policy and reference alone
 
 Runs whatever stage before it is missing (data/teacher.py, train_sft.py, train_rm.py), then PPO,
 then eval.py. Writes rl/, an HF folder, and a line per step to metrics.jsonl. Four models take part:
 
     policy         from sft/, trained
     reference      sft/ again, frozen: what the policy is kept near to
-    reward model   rm/, frozen
-    value model    from rm/, trained: it knows already what makes a response good
+    reward model   rm/, frozen; with --reward model
+    value model    from rm/, trained: it knows already what makes a response good; with ppo
 
 What to look at: ratio 1 and approx_kl 0 in the first minibatch of each step; score rising; kl (nats
 per response from the reference) rising slowly; and true_accuracy, a diagnostic measured against
@@ -26,31 +27,25 @@ from pathlib import Path
 import torch
 
 import train_rm
-from data import grading, prompts_of, ready, task_of
-from nanodistill import (
-    files,
-    lora,
-    optim,
-    parallel,
-    ppo,
-    process,
-    responses,
-    run,
-    settings,
-    weights,
-)
+from data import grading, hub, prompts_of, ready, task_of
+from nanodistill import fit, lora, optim, parallel, ppo, process, responses, run, settings, weights
 from nanodistill.batches import on_device
+from nanodistill.files import read_jsonl
 from nanodistill.generate import sample_all
 from nanodistill.model import CausalLM, ScalarModel
-from nanodistill.reward import score
-from nanodistill.settings import Common, flag
+from nanodistill.reward import score, score_answers, squash_of
+from nanodistill.settings import Training, flag
+from nanodistill.stats import within
 from nanodistill.tokenizer import Tokenizer
 
 
 # ---- config ----
 
+PPO = "algorithm", "ppo"                    # of flags that no other algorithm reads
+
+
 @dataclass
-class Config(Common):
+class Config(Training):
     # Sampling.
     steps: int = flag(None, "PPO steps; one step samples a batch and learns from it", least=1)
     prompts: int = flag(None, "questions per step", least=1)
@@ -59,42 +54,49 @@ class Config(Common):
     # Optimization.
     ppo_epochs: int = flag(None, "passes over a step's responses", least=1)
     minibatches: int = flag(4, "optimizer steps per pass", least=1)
-    micro_batch: int = flag(0, "responses per forward and backward pass; the gradient does not "
-                            "depend on it; 0 = as many as fit the memory", least=0, result=False)
-    checkpoint: bool = flag(None, "activation checkpointing: a layer's activations are computed "
-                            "again in backward instead of kept; not given: where it must be",
-                            result=False)
     learning_rate: float = flag(None, "of the policy", above=0)
-    value_learning_rate: float = flag(None, "of the value model", above=0)
+    value_learning_rate: float = flag(None, "of the value model", above=0, only=PPO)
     warmup: float = flag(0.05, "share of the steps in which the learning rates rise; then they "
                          "fall linearly towards 0", least=0, most=1)
-    max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm", above=0)
     # The algorithm.
+    algorithm: str = flag("ppo", "what a reward is held against: ppo: what a value model expects, "
+                          "token by token; rloo: the mean of the other responses to the question; "
+                          "grpo: the mean of all, over their deviation", ("ppo", "rloo", "grpo"))
     clip: float = flag(0.2, "the ratio is kept within 1 - clip and 1 + clip", above=0)
-    value_clip: float = flag(0.2, "values are kept this near to the old ones", above=0)
-    gamma: float = flag(1.0, "discount per token", least=0, most=1)
-    lam: float = flag(0.95, "GAE's lambda", least=0, most=1)
+    value_clip: float = flag(0.2, "values are kept this near to the old ones", above=0, only=PPO)
+    gamma: float = flag(1.0, "discount per token", least=0, most=1, only=PPO)
+    lam: float = flag(0.95, "GAE's lambda", least=0, most=1, only=PPO)
+    reference: str = flag("sft", "what the policy is kept near to: the SFT student; or the "
+                          "teacher, a local one of the same tokens", ("sft", "teacher"))
     kl_coef: float = flag(0.05, "reward lost per nat of drift from the reference", least=0)
     kl_control: str = flag("fixed", "adaptive: kl_coef follows kl_target", ("fixed", "adaptive"))
-    kl_target: float = flag(6.0, "nats per response that adaptive control aims at", above=0)
+    kl_target: float = flag(6.0, "nats per response that adaptive control aims at", above=0,
+                            only=("kl_control", "adaptive"))
     kl_limit: float = flag(0.1, "an update ends early above this approx_kl per token", above=0)
     # Scores and values.
-    score: str = flag(None, "logit: the reward model's output; probability: its sigmoid, for a "
-                      "reward model trained with bce; the values likewise",
+    reward: str = flag("model", "the score; model: the reward model's; vote: 1 for the teacher's "
+                       "vote; self: 1 for the answer that most responses to the question give in "
+                       "the step; function: of Python", ("model", "vote", "self", "function"))
+    score: str = flag(None, "the reward model's output, or (after bce) its sigmoid; values alike",
                       ("logit", "probability"))
     whiten_scores: bool = flag(None, "scores to mean 0 and variance 1, before the KL penalty")
     whiten_advantages: bool = flag(True, "advantages to mean 0 and variance 1 within a step")
     no_eos_penalty: float = flag(None, "taken from the (whitened) score of a response that never "
                                  "ends", least=0)
-    value_from: str = flag("reward", "what the value model starts from", ("reward", "policy"))
-    save_minutes: float = flag(10.0, "time between checkpoints", above=0, result=False)
+    value_from: str = flag("reward", "the value model at the start", ("reward", "policy"), only=PPO)
 
     def problems(self, given):
-        batch = self.prompts * self.samples
+        batch, (scored, valued) = self.prompts * self.samples, fit.taking_part(self).values()
         rules = [
-            ("kl_target" in given and self.kl_control == "fixed",
-             "--kl-target does nothing without --kl-control adaptive"),
+            ("score" in given and not (scored or valued), "--score does nothing with --algorithm "
+             f"{self.algorithm} and --reward {self.reward}"),
             (self.lora and self.value_from == "policy", "--value-from policy: not with --lora"),
+            (self.reference == "teacher" and (self.lora or self.teacher_url), "--reference teacher"
+             ": not with --lora, whose trunk is the reference, nor with a server"),
+            (self.samples < 2 and (not valued or self.reward == "self"), f"--samples "
+             f"{self.samples}: the responses to a question are compared, 2 at least"),
+            (valued and not scored and self.value_from == "reward", f"--reward {self.reward} needs "
+             "--value-from policy, for no reward model is trained, or --algorithm rloo"),
             (batch % self.minibatches, f"{batch} responses (--prompts x --samples) do not split "
              f"into --minibatches {self.minibatches}")]
         return [message for wrong, message in rules if wrong]
@@ -103,7 +105,10 @@ class Config(Common):
 STAGES = {**train_rm.STAGES, "rl": Config, **grading.STAGES}
 
 
-def main(argv=None):
+def main(argv=None, reward=None):
+    """reward: a function (question ids, texts) -> scores, B each; for --reward function."""
+    if reward:
+        argv = [*(sys.argv[1:] if argv is None else argv), "--reward", "function"]
     configs = settings.parse("rl", STAGES, __doc__, argv)
     config = configs["rl"]
     if config.dry_run:
@@ -113,11 +118,17 @@ def main(argv=None):
         report = Path(config.out, "report.md")
         process.need(report.exists(), report, "eval.py", config)
         return print(f"\n{report.read_text(encoding='utf-8')}")
+    if config.reward == "function" and not reward:
+        sys.exit("--reward function: give it in Python, train_rl.main(argv, reward)")
     ready.check("rl", configs)
     folder, device, dtype = run.start(configs, "rl")
-    process.need(weights.complete(folder / "rm"), folder / "rm", "train_rm.py", config)
-    run.made_from(folder, "rl", "labels.jsonl", "sft", "rm")
-    train(config, folder, device, dtype)
+    inputs = ["sft"] + ["rm"] * (config.reward == "model")
+    process.need(weights.complete(folder / inputs[-1]), folder / inputs[-1],
+                 f"train_{inputs[-1]}.py", config)
+    teacher = (hub.resolve(config.teacher, "teacher", config.teacher_revision).resolve()
+               if config.reference == "teacher" else None)
+    run.made_from(folder, "rl", "labels.jsonl", *inputs, *filter(None, [teacher]))
+    train(config, folder, device, dtype, reward, teacher)
     process.need(False, folder / "report.md", "eval.py", config)
 
 
@@ -128,20 +139,14 @@ class Experience:
     counts: list                            # B numbers: tokens of each response
     response_mask: torch.Tensor             # (B, R), True = a sampled token, the EOS included
     old_logprobs: torch.Tensor              # (B, R) of the policy that sampled
-    old_values: torch.Tensor                # (B, R) of the value model then
+    old_values: torch.Tensor                # (B, R) of the value model then; 0 without one
     advantages: torch.Tensor                # (B, R)
     returns: torch.Tensor                   # (B, R)
 
 
-def squash_of(config):
-    """What scores and values go through. A probability has a ceiling: a response that is surely
-    good gains nothing more, and the gradient goes to those that are not."""
-    return torch.sigmoid if config.score == "probability" else torch.nn.Identity()
-
-
 def describe(micro_batch, config, models, rows, counts, scored_rows):
-    """What the four models say of B responses, `micro_batch` at a time: old_logprobs, entropy,
-    ref_logprobs, old_values (B, R), and scores (B,) of `scored_rows`."""
+    """What the models say of B responses, `micro_batch` at a time: old_logprobs, entropy,
+    ref_logprobs, old_values (B, R), and scores (B,) of `scored_rows`; 0 where there is none."""
     policy, reference, reward_model, value_model = models
     B, R, device, squash = len(rows), max(counts), policy.head.device, squash_of(config)
     said = [*torch.zeros(4, B, R, device=device), torch.zeros(B, device=device)]
@@ -150,8 +155,9 @@ def describe(micro_batch, config, models, rows, counts, scored_rows):
             batch = responses.batch(rows, counts, mb, device)
             found = (*responses.logprobs(policy, batch, config.temperature),
                      responses.logprobs(reference, batch, config.temperature)[0],
-                     responses.values(value_model, batch, squash),
-                     squash(score(reward_model, [scored_rows[b] for b in mb])))
+                     responses.values(value_model, batch, squash) if value_model else 0,
+                     squash(score(reward_model, [scored_rows[b] for b in mb]))
+                     if reward_model else 0)
             for x, its in zip(said, found):
                 x[batch.at] += real * its
     # Each process has filled in its own responses.
@@ -159,14 +165,9 @@ def describe(micro_batch, config, models, rows, counts, scored_rows):
     return said
 
 
-def total(measurements):
-    """Sums, key by key, of dicts."""
-    return {key: sum(m[key] for m in measurements) for key in measurements[0]}
-
-
 def gradients(micro_batch, config, models, optimizers, minibatch, experience):
-    """Make both models' gradients of a minibatch's losses, `micro_batch` responses at a time;
-    returns losses and measurements, each a mean over the minibatch's response tokens."""
+    """Make the gradients of a minibatch's losses, `micro_batch` responses at a time; returns
+    losses and measurements, each a mean over the minibatch's response tokens."""
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     (policy, _, _, value_model), e = models, experience
@@ -179,69 +180,76 @@ def gradients(micro_batch, config, models, optimizers, minibatch, experience):
         policy_loss, measured = ppo.policy_loss(
             new_logprobs, e.old_logprobs[at], e.advantages[at], mb_mask, config.clip, tokens)
         policy_loss.backward()
-        new_values = responses.values(value_model, batch, squash_of(config))
-        value_loss = ppo.value_loss(
-            new_values, e.old_values[at], e.returns[at], mb_mask, config.value_clip, tokens)
-        value_loss.backward()
-        parts.append({**measured, "policy_loss": policy_loss.detach(),
-                      "value_loss": value_loss.detach()})
-    measured = total(parts)
-    parallel.sum_gradients(policy, value_model)
+        parts.append({**measured, "policy_loss": policy_loss.detach()})
+        if value_model:
+            new_values = responses.values(value_model, batch, squash_of(config))
+            value_loss = ppo.value_loss(
+                new_values, e.old_values[at], e.returns[at], mb_mask, config.value_clip, tokens)
+            value_loss.backward()
+            parts[-1]["value_loss"] = value_loss.detach()
+    measured = ppo.total(parts)
+    parallel.sum_gradients(*filter(None, (policy, value_model)))
     parallel.sum_(*measured.values())
     return measured
 
 
-def train(config, folder, device, dtype):
-    B = config.prompts * config.samples
+def train(config, folder, device, dtype, reward=None, teacher=None):
+    """reward: see `main`. teacher: the folder of a reference that is not the SFT student."""
+    B, (scored, valued) = config.prompts * config.samples, fit.taking_part(config).values()
     minibatch_size = B // config.minibatches
 
-    # ---- data: the questions that have a vote, less the held-out ones ----
+    # ---- data: the questions that have a vote, if one is needed, less the held-out ones ----
     tokenizer, task = Tokenizer(folder / "sft", config.date), task_of(config)
     shape = weights.load_config(folder / "sft")
-    voted = {row["id"] for row in files.read_jsonl(folder / "labels.jsonl", "id", "vote")
-             if row["vote"] is not None}
+    votes = {row["id"]: row["vote"] for row in read_jsonl(folder / "labels.jsonl", "id", "vote")
+             if row["vote"] is not None or config.reward in ("self", "function")}
     questions = [q for q in task.questions("train")
-                 if q["id"] in voted and not run.held_out(q["id"])]
+                 if q["id"] in votes and not run.held_out(q["id"])]
     prompts = prompts_of(task, tokenizer, questions,
                          shape.max_position_embeddings - config.max_new_tokens)
-    questions = [q for q in questions if q["id"] in prompts]
     asked = {q["id"]: q["question"] for q in questions}
-    if not questions:
+    if not prompts:
         sys.exit(f"{folder / 'labels.jsonl'} holds no vote on a question that is not held out.")
-    print(f"rl: {len(questions)} questions, {B} responses per step, "
+    print(f"rl: {len(prompts)} questions, {B} responses per step, "
           f"{config.ppo_epochs} x {config.minibatches} minibatches of {minibatch_size}")
     choice = run.fitted("rl", config, shape, dtype, device, max(map(len, prompts.values())),
-                        config.max_new_tokens, batch=minibatch_size, jobs=B)
+                        config.max_new_tokens, batch=minibatch_size, jobs=B,
+                        reference=teacher and weights.load_config(teacher))
     micro_batch, slots = choice.micro_batch, choice.slots
 
     # ---- models: what is trained is fp32, what is frozen has the arithmetic's dtype ----
     shards = choice.shards                     # over how many processes weights are split
-    reference = weights.load(folder / "sft", CausalLM, device, dtype, shards).requires_grad_(False)
+    reference = weights.load(teacher or folder / "sft", CausalLM, device, dtype, shards)
+    reward_model = value_model = None
     if config.lora:
-        # One trunk, four models: the reference is it, the others are its weights and an adapter.
+        # One trunk: the reference is it, the others are its weights and an adapter.
         policy = lora.adapt(lora.share(reference), config.lora)
-        reward_model = weights.load_adapter(folder / "rm" / "adapter", reference, ScalarModel)
-        value_model = weights.load_adapter(folder / "rm" / "adapter", reference, ScalarModel)
+        reward_model, value_model = (
+            weights.load_adapter(folder / "rm" / "adapter", reference, ScalarModel) if there
+            else None for there in (scored, valued))
         print(f"rl: {lora.described(policy)}")
     else:
         policy = weights.load_to_train(folder / "sft", CausalLM, device, dtype, 0, shards)
-        reward_model = weights.load(folder / "rm", ScalarModel, device, dtype, shards)
-        value_from = folder / ("rm" if config.value_from == "reward" else "sft")
-        value_model = weights.load_to_train(value_from, ScalarModel, device, dtype, 0, shards)
-    reward_model.requires_grad_(False)
-    policy.model.checkpoint = value_model.model.checkpoint = choice.checkpoint
+        if scored:
+            reward_model = weights.load(folder / "rm", ScalarModel, device, dtype, shards)
+        if valued:
+            value_from = folder / ("rm" if config.value_from == "reward" else "sft")
+            value_model = weights.load_to_train(value_from, ScalarModel, device, dtype, 0, shards)
+    for model in filter(None, (reference, reward_model)):
+        model.requires_grad_(False)
     models = policy, reference, reward_model, value_model
-    run.compile_layers(config.steps * B, *models)
-
-    # ---- optimizers ----
-    optimizers = policy_optimizer, value_optimizer = [torch.optim.AdamW(
+    run.compile_layers(config.steps * B, *filter(None, models))
+    trained = {"policy": policy} | ({"value_model": value_model} if value_model else {})
+    rates = {"policy": config.learning_rate, "value_model": config.value_learning_rate}
+    optimizers = {name: torch.optim.AdamW(
         optim.groups(lora.trained(model).values()), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0,
-        fused=True) for model in (policy, value_model)]
+        fused=True) for name, model in trained.items()}
+    for model in trained.values():
+        model.model.checkpoint = choice.checkpoint
 
     # ---- resume ----
     checkpoint = folder / "rl" / "resume.pt"
-    parts = dict(policy=policy, value_model=value_model, policy_optimizer=policy_optimizer,
-                 value_optimizer=value_optimizer)
+    parts = {**trained, **{f"{name}_optimizer": o for name, o in optimizers.items()}}
     state = run.load_checkpoint(checkpoint, config, parts)
     first, kl_coef, seconds = 0, config.kl_coef, 0.0
     if state:
@@ -250,7 +258,7 @@ def train(config, folder, device, dtype):
         micro_batch, slots = min(micro_batch, state["micro_batch"]), min(slots, state["slots"])
         print(f"rl: going on after step {first}")
     metrics, watch = run.Metrics(folder, "rl", anew=not state), run.Watch("rl")
-    time_to_save = run.every(config.save_minutes)
+    save = run.saver(checkpoint, config, parts, watch)
 
     # ---- loop ----
     bar = run.Bar(range(first, config.steps), initial=first, total=config.steps, desc="rl",
@@ -262,16 +270,18 @@ def train(config, folder, device, dtype):
             rng = random.Random(f"rl {config.seed} {step}")
 
             # ---- 1. rollout: the policy answers a batch of questions ----
-            chosen = rng.sample(questions, min(config.prompts, len(questions)))
+            chosen = rng.sample([*prompts], min(config.prompts, len(prompts)))
             # There may be fewer questions than a step wants.
-            chosen += rng.choices(questions, k=config.prompts - len(chosen))
-            ids = [q["id"] for q in chosen for _ in range(config.samples)]     # B
+            chosen += rng.choices([*prompts], k=config.prompts - len(chosen))
+            ids = [id_ for id_ in chosen for _ in range(config.samples)]       # B
             samples = sample_all(
-                policy, [prompts[q["id"]] for q in chosen], n=config.samples,
+                policy, [prompts[id_] for id_ in chosen], n=config.samples,
                 temperature=config.temperature, max_new_tokens=config.max_new_tokens, slots=slots,
                 eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id, seed=rng.getrandbits(63))
             rows = [prompts[id_] + s.tokens for id_, s in zip(ids, samples)]
             counts = [len(s.tokens) for s in samples]
+            texts = [tokenizer.decode(s.tokens) if s.ended else "" for s in samples]
+            answers = [task.extract_answer(text, asked[id_]) for id_, text in zip(ids, texts)]
             ended, = on_device(device, [s.ended for s in samples])             # (B,)
             response_mask = responses.mask(counts, device)                     # (B, R)
 
@@ -282,6 +292,9 @@ def train(config, folder, device, dtype):
             said, micro_batch = run.halve_when_full(describe, micro_batch, config, models, rows,
                                                     counts, closed)
             old_logprobs, entropy, ref_logprobs, old_values, scores = said
+            if not reward_model:
+                said = score_answers(config, votes, reward, ids, texts, answers)
+                scores, = on_device(device, said)                              # (B,)
 
             # ---- 3. rewards: the score at the last token, less the drift from the reference ----
             shaped = ppo.whiten(scores, torch.ones_like(ended)) if config.whiten_scores else scores
@@ -290,8 +303,12 @@ def train(config, folder, device, dtype):
             kl = (ppo.kl_k1(old_logprobs, ref_logprobs) * response_mask).sum(1).mean()    # nats
 
             # ---- 4. advantages: what came after each token, less what was expected before it ----
-            advantages, returns = ppo.gae(rewards, old_values, response_mask, config.gamma,
-                                          config.lam)
+            if value_model:
+                advantages, returns = ppo.gae(rewards, old_values, response_mask, config.gamma,
+                                              config.lam)
+            else:
+                advantages = returns = ppo.group_advantages(
+                    rewards, response_mask, config.samples, config.algorithm)
             if config.whiten_advantages:
                 advantages = ppo.whiten(advantages, response_mask)
             experience = Experience(rows, counts, response_mask, old_logprobs, old_values,
@@ -300,21 +317,22 @@ def train(config, folder, device, dtype):
             # ---- 5. update: clipped gradient steps, until the policy has moved far enough ----
             # The gradients are noisy, and a falling rate averages the noise out.
             rate = optim.schedule(step, config.steps, config.warmup, last=0.0)
-            optim.set_rate([policy_optimizer], rate * config.learning_rate)
-            optim.set_rate([value_optimizer], rate * config.value_learning_rate)
+            for name, optimizer in optimizers.items():
+                optim.set_rate([optimizer], rate * rates[name])
             history = []                                  # what each minibatch measured
             for minibatch in responses.minibatches(B, minibatch_size, config.ppo_epochs, rng):
                 measured, micro_batch = run.halve_when_full(
-                    gradients, micro_batch, config, models, optimizers, minibatch, experience)
+                    gradients, micro_batch, config, models, optimizers.values(), minibatch,
+                    experience)
                 history.append(measured)
                 # NaN exceeds too.
                 kl_exceeded = not measured["approx_kl"].item() <= config.kl_limit
-                norms = [optim.clipped_step(value_model, [value_optimizer], config.max_grad_norm)]
-                if not kl_exceeded:
-                    norms += [optim.clipped_step(policy, [policy_optimizer], config.max_grad_norm)]
+                norms = [optim.clipped_step(model, [optimizers[name]], config.max_grad_norm)
+                         for name, model in trained.items()
+                         if not (kl_exceeded and model is policy)]
                 watch(step, *measured.values(), *norms, kl, scores.sum())
                 if kl_exceeded:
-                    policy_optimizer.zero_grad(set_to_none=True)
+                    optimizers["policy"].zero_grad(set_to_none=True)
                     break
             watch.settle()
             if config.kl_control == "adaptive":
@@ -323,33 +341,26 @@ def train(config, folder, device, dtype):
             # ---- metrics ----
             by_sampler, = on_device(device, [p for s in samples for p in s.logprobs])
             by_sampler = old_logprobs.masked_scatter(response_mask, by_sampler)    # (B, R)
-            texts = [tokenizer.decode(s.tokens) if s.ended else "" for s in samples]
-            answered = [task.extract_answer(text, asked[id_]) is not None
-                        for id_, text in zip(ids, texts)]
+            right = [task.equal(a, votes[id_]) for a, id_ in zip(answers, ids)]     # by the vote
             row = metrics(
                 step, score=scores.mean(), rewards=rewards.sum(1).mean(), kl=kl, kl_coef=kl_coef,
-                learning_rate=policy_optimizer.param_groups[0]["lr"],
+                learning_rate=rate * config.learning_rate,
                 **{f"first_{key}": history[0][key] for key in ("ratio", "approx_kl", "clipfrac")},
-                **{key: value / len(history) for key, value in total(history).items()},
+                **{key: value / len(history) for key, value in ppo.total(history).items()},
                 updates=len(history), sampler_gap=(by_sampler - old_logprobs).abs().max(),
                 sampler_kl=ppo.masked_mean(ppo.kl_k3(by_sampler, old_logprobs), response_mask),
-                explained_variance=ppo.explained_variance(old_values, returns, response_mask),
+                **({"explained_variance": ppo.explained_variance(
+                    old_values, returns, response_mask)} if value_model else {}),
                 entropy=ppo.masked_mean(entropy, response_mask), length=sum(counts) / B,
-                ended=ended.float().mean(), answered=sum(answered) / B,
+                ended=ended.float().mean(), answered=sum(a is not None for a in answers) / B,
+                **within(ids, scores.tolist(), right),
+                **{f"vote_{key}": value for key, value in within(ids, right, right).items()},
                 **task.true_accuracy("train", ids, texts))
             shown = ("score", "kl", "true_accuracy", "length")
             bar.set_postfix({key: f"{row[key]:.2f}" for key in shown if key in row})
 
-            # ---- save ----
-            # Asked once per step: an interrupt between two askings would not be saved.
-            interrupted = parallel.any_(asked_to_stop())
-            if interrupted or time_to_save():
-                watch.settle(policy, value_model)
-                run.save_checkpoint(checkpoint, config, parts, step=step + 1, kl_coef=kl_coef,
-                                    micro_batch=micro_batch, slots=slots,
-                                    seconds=metrics.seconds(seconds))
-            if interrupted:
-                sys.exit("stopped after saving; the same command goes on from here")
+            save(asked_to_stop(), step=step + 1, kl_coef=kl_coef, micro_batch=micro_batch,
+                 slots=slots, seconds=metrics.seconds(seconds))
     watch.settle(policy)
     if first < config.steps:
         print(f"rl: in the last step {1 - row['ended']:.1%} of the responses were cut off, "

@@ -34,30 +34,25 @@ from nanodistill import files, lora, optim, parallel, process, run, settings, we
 from nanodistill.batches import pack
 from nanodistill.model import ScalarModel
 from nanodistill.reward import bce_loss, bt_loss, score, score_sequences
-from nanodistill.settings import Common, flag
-from nanodistill.stats import calibration, measure
+from nanodistill.settings import Training, flag
+from nanodistill.stats import calibration, measure, within
 from nanodistill.tokenizer import Tokenizer
 
 
 # ---- config ----
 
 @dataclass
-class Config(Common):
+class Config(Training):
     samples: int = flag(None, "responses of the SFT student per question", least=1)
     rm_data: str = flag("both", "whose responses are trained on", ("teacher", "student", "both"))
     rm_loss: str = flag("bce", "bce: good or not, each by itself; bt: a good one above a bad one "
                         "of the same question", ("bce", "bt"))
     token_loss: float = flag(0.5, "with bce: weight of the same loss before each response token, "
-                             "where the outcome is predicted; 0 = the last token alone", least=0)
+                             "where the outcome is predicted; 0 = the last token alone", least=0,
+                             only=("rm_loss", "bce"))
     epochs: float = flag(1.0, "passes over the responses (over the questions' pairs for bt)",
                          above=0)
     batch_size: int = flag(None, "responses (or pairs) per optimizer step", least=1)
-    micro_batch: int = flag(0, "responses per forward and backward pass, two in a pair; the "
-                            "gradient does not depend on it; 0 = as many as fit the memory",
-                            least=0, result=False)
-    checkpoint: bool = flag(None, "activation checkpointing: a layer's activations are computed "
-                            "again in backward instead of kept; not given: where it must be",
-                            result=False)
     optimizer: str = flag(None, "muon: orthogonalised updates for the layers' matrices, AdamW for "
                           "the rest", ("adamw", "muon"))
     learning_rate: float = flag(None, "peak; rises over the first steps, then falls linearly to a "
@@ -65,13 +60,7 @@ class Config(Common):
     warmup: float = flag(0.05, "share of the steps in which the learning rate rises", least=0,
                          most=1)
     weight_decay: float = flag(0.0, "AdamW's", least=0)
-    max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm", above=0)
     evals: int = flag(6, "held-out evaluations in the whole run", least=1)
-    save_minutes: float = flag(10.0, "time between checkpoints", above=0, result=False)
-
-    def problems(self, given):
-        idle = "token_loss" in given and self.rm_loss == "bt"
-        return ["--token-loss does nothing with --rm-loss bt"] * idle
 
 
 STAGES = {**train_sft.STAGES, "rm": Config}
@@ -150,13 +139,15 @@ def gradients(micro_batch, config, model, optimizers, batch):
 
 def evaluate(micro_batch, model, held_out):
     """Scores of the held-out responses, and their figures, by source; and --micro-batch."""
-    scores = {}
+    scores, figures = {}, {}
     for source, rows in held_out.items():
         # One at a time: a process that begins anew must not gather what the others have gathered.
         scores[source], micro_batch = run.halve_when_full(
             lambda size, rows: score_sequences(model, [e.ids for e in rows], size), micro_batch,
             rows)
-    figures = {s: measure(scores[s], [e.label for e in held_out[s]]) for s in scores}
+        labels = [e.label for e in rows]
+        figures[source] = measure(scores[source], labels) | within(
+            [e.id for e in rows], scores[source], labels)
     return scores, figures, micro_batch
 
 
@@ -251,7 +242,7 @@ def train(config, folder, device, dtype):
         micro_batch = min(micro_batch, state["micro_batch"])
         print(f"rm: going on after step {step}")
     metrics, watch = run.Metrics(folder, "rm", anew=not state), run.Watch("rm")
-    time_to_save = run.every(config.save_minutes)
+    save = run.saver(checkpoint, config, parts, watch)
 
     # ---- loop ----
     bar = run.Bar(total=steps, initial=step, desc="rm", unit="step")
@@ -284,15 +275,8 @@ def train(config, folder, device, dtype):
                 row = metrics(step, loss=total, grad_norm=norm, learning_rate=rate)
                 bar.set_postfix(loss=f"{row['loss']:.4f}")
 
-            # Asked once per step: an interrupt between two askings would not be saved.
-            interrupted = parallel.any_(asked_to_stop())
-            if interrupted or time_to_save():
-                watch.settle(model)
-                run.save_checkpoint(checkpoint, config, parts, step=step, best=best,
-                                    best_weights=best_weights, micro_batch=micro_batch,
-                                    seconds=metrics.seconds(seconds))
-            if interrupted:
-                sys.exit("stopped after saving; the same command goes on from here")
+            save(asked_to_stop(), step=step, best=best, best_weights=best_weights,
+                 micro_batch=micro_batch, seconds=metrics.seconds(seconds))
 
     # ---- save ----
     watch.settle(model)

@@ -25,30 +25,23 @@ from data import hub, prompts_of, ready, task_of, teacher
 from nanodistill import files, lora, optim, parallel, process, responses, run, settings, weights
 from nanodistill.losses import linear_cross_entropy
 from nanodistill.model import CausalLM
-from nanodistill.settings import Common, flag
+from nanodistill.settings import Training, flag
 from nanodistill.tokenizer import Tokenizer
 
 
 # ---- config ----
 
 @dataclass
-class Config(Common):
+class Config(Training):
     epochs: float = flag(None, "passes over the responses; the best held-out loss among the "
                          "evaluations is kept", above=0)
     batch_size: int = flag(64, "responses per optimizer step", least=1)
-    micro_batch: int = flag(0, "responses per forward and backward pass; the gradient does not "
-                            "depend on it; 0 = as many as fit the memory", least=0, result=False)
-    checkpoint: bool = flag(None, "activation checkpointing: a layer's activations are computed "
-                            "again in backward instead of kept; not given: where it must be",
-                            result=False)
     learning_rate: float = flag(None, "peak; rises over the first steps, then falls linearly to a "
                                 "tenth", above=0)
     warmup: float = flag(0.05, "share of the steps in which the learning rate rises", least=0,
                          most=1)
     weight_decay: float = flag(0.0, "AdamW's", least=0)
-    max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm", above=0)
     evals_per_epoch: int = flag(2, "held-out evaluations per epoch", least=1)
-    save_minutes: float = flag(10.0, "time between checkpoints", above=0, result=False)
 
 
 STAGES = {**teacher.STAGES, "sft": Config}
@@ -170,7 +163,7 @@ def train(config, folder, source, device, dtype):
         micro_batch = min(micro_batch, state["micro_batch"])
         print(f"sft: going on after step {step}")
     metrics, watch = run.Metrics(folder, "sft", anew=not state), run.Watch("sft")
-    time_to_save = run.every(config.save_minutes)
+    save = run.saver(checkpoint, config, parts, watch)
 
     # ---- loop ----
     bar = run.Bar(total=steps, initial=step, desc="sft", unit="step")
@@ -206,15 +199,8 @@ def train(config, folder, source, device, dtype):
                               tokens=sum(len(response) for _, response in rows))
                 bar.set_postfix(loss=f"{row['loss']:.4f}")
 
-            # Asked once per step: an interrupt between two askings would not be saved.
-            interrupted = parallel.any_(asked_to_stop())
-            if interrupted or time_to_save():
-                watch.settle(model)
-                run.save_checkpoint(checkpoint, config, parts, step=step, best=best,
-                                    best_weights=best_weights, micro_batch=micro_batch,
-                                    seconds=metrics.seconds(seconds))
-            if interrupted:
-                sys.exit("stopped after saving; the same command goes on from here")
+            save(asked_to_stop(), step=step, best=best, best_weights=best_weights,
+                 micro_batch=micro_batch, seconds=metrics.seconds(seconds))
 
     # ---- save ----
     watch.settle(model)

@@ -25,7 +25,7 @@ PROMPTS = {"arithmetic": (96, 31), "gsm8k": (256, 123), "mmlu_pro": (1280, 254)}
 # achieved.
 GOOD, PRODUCTS, BANDWIDTH = 0.5, 0.4, 0.6
 LOADED = {"teacher": "sampled", "sft": "trained", "rm": "sampled, then trained with a scalar head",
-          "rl": "as policy, reference, reward and value model", "eval": "sampled one at a time"}
+          "rl": "as policy, {}", "eval": "sampled one at a time"}
 
 
 @dataclass(frozen=True)
@@ -98,14 +98,16 @@ def attended(shape):
     return 2 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim
 
 
-def cost(stage, settings, models, counts, slots=256, checkpoint=False):
+def cost(stage, settings, models, counts, slots=256, checkpoint=False, reference=None):
     """The Cost of a stage.
 
     Args:
         settings: {stage: config}. counts: {"train": questions, "test": questions}.
-        models: Configs of what the stage samples; all others have the last one's shape.
+        models: Configs of what the stage samples; all others have the last one's shape, but for
+            the `reference` of "rl" where there is a Config of it.
     """
     config, work, student = settings[stage], Cost(), models[-1]
+    scored, valued = fit.taking_part(settings.get("rl", config)).values()
     long, prompt = PROMPTS[config.task]
     # Frozen weights want no gradient of their own.
     response, saved = config.max_new_tokens / 2, 2 if config.lora else 0
@@ -125,14 +127,15 @@ def cost(stage, settings, models, counts, slots=256, checkpoint=False):
     elif stage == "rl":
         prompts, drawn = config.steps * config.prompts, config.steps * config.prompts * samples
         sample(student, prompts, samples)
-        for head in (2, 2, 0, 0):                    # policy, reference; value and reward model
+        work.run(reference or student, drawn, prompt, response, head=2)
+        for head in (2, *[0] * (scored + valued)):   # policy; value and reward model
             run(drawn, head=head)
-        for head in (8 - saved, 0):                  # policy; value model
+        for head in (8 - saved, 0)[:1 + valued]:     # policy; value model
             run(drawn * config.ppo_epochs, times=times, head=head)
     else:
         for model in models:
             sample(model, test, 1 + samples)
-        run(len(models) * test * samples)            # the reward model
+        run(len(models) * test * samples * scored)   # the reward model
     return work
 
 
@@ -149,7 +152,7 @@ def named(stage, config):
     return {"teacher": teacher, "eval": teacher + [student] * 3}.get(stage, [student])
 
 
-def fitted(stage, config, model, counts, free, device):
+def fitted(stage, config, model, counts, free, device, reference=None):
     """`choose` by a stage's config, for prompts of the task's usual lengths -> Choice, plan."""
     fp32 = config.dtype == "fp32" or config.dtype == "auto" and device != "cuda"
     where = dict(prompt=PROMPTS[config.task][0], response=config.max_new_tokens, device=device)
@@ -160,13 +163,14 @@ def fitted(stage, config, model, counts, free, device):
         batch = jobs // config.minibatches
     args = stage, model, torch.float32 if fp32 else torch.bfloat16
     several = fit.processes(config.gpus)
+    part = {**fit.taking_part(config), "reference": reference}
     choice = choose(*args, free, batch=batch, jobs=jobs, slots=config.slots, **where,
                     micro_batch=getattr(config, "micro_batch", 0),
                     checkpoint=getattr(config, "checkpoint", None), rank=config.lora,
-                    shards=config.shards, **several)
+                    shards=config.shards, **several, **part)
     return choice, plan(*args, batch=batch, micro_batch=choice.micro_batch, slots=choice.slots,
                         checkpoint=choice.checkpoint, rank=config.lora, world=several["world"],
-                        shards=choice.shards, **where)
+                        shards=choice.shards, **where, **part)
 
 
 def memories(device, gpus=0):
@@ -197,24 +201,33 @@ def report(settings, missing, counts):
             continue
         models = [shape(*name) for name in names]
         largest = max(models, key=parameters)
+        reference, others = None, ["reference"]
+        if getattr(config, "reference", "sft") == "teacher":
+            reference = shape(config.teacher, "teacher", config.teacher_revision)
+            others = [f"{config.teacher} as reference"]
+        others += [f"{name} model" for name, there in zip(
+            ("reward", "value"), fit.taking_part(config).values()) if there]
         lines.append(f"{stage}: {', '.join(dict.fromkeys(name for name, *_ in names))}, at most "
-                     f"{parameters(largest):,} parameters; {LOADED[stage]}")
+                     f"{parameters(largest):,} parameters; "
+                     f"{LOADED[stage].format(', '.join(others))}")
         for name, free, device in memories(config.device, gpus):
             try:
-                choices[name], parts = fitted(stage, config, largest, counts, free, device)
+                choices[name], parts = fitted(stage, config, largest, counts, free, device,
+                                              reference)
                 lines.append(f"  {each}{name:7} {choices[name].line}")
                 memory = memory or f"GB, {name}: " + ", ".join(
                     f"{part} {size / 1e9:.2f}" for part, size in parts.items() if size)
             except ValueError as error:
                 lines.append(f"  {each}{name:7} {str(error).partition(', and ')[0]}")
         lines += textwrap.wrap(memory, 98, initial_indent="  ", subsequent_indent="    ")
-        work = cost(stage, settings, models, counts)
+        work = cost(stage, settings, models, counts, reference=reference)
         lines.append(f"  M tokens: {work.sampled / 1e6:,.2f} sampled, {work.read / 1e6:,.2f} read, "
                      f"{work.trained / 1e6:,.2f} trained on; without checkpointing "
                      f"{(work.flops + work.decode_flops) / 1e15:,.3g} PFLOP")
         fits = [(card, choices.get(f"{card.gb} GB")) for card in CARDS]
-        hours.append((stage, [cost(stage, settings, models, counts, c.slots, c.checkpoint)
-                              .hours(card) / (gpus or 1) if c else math.nan for card, c in fits]))
+        hours.append((stage, [
+            cost(stage, settings, models, counts, c.slots, c.checkpoint, reference).hours(card)
+            / (gpus or 1) if c else math.nan for card, c in fits]))
     hours.append(("total", [sum(column) for column in zip(*(row for _, row in hours))]))
     prompt, width = PROMPTS[settings[missing[0]].task][1], 11
     lines += ["", *textwrap.wrap(

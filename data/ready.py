@@ -19,8 +19,12 @@ from nanodistill.tokenizer import Tokenizer
 
 
 ORDER = ("teacher", "sft", "rm", "rl", "eval")
-USES = {"teacher": ("teacher",), "sft": ("student",), "rm": ("student",), "rl": ("student",),
-        "eval": ("teacher", "student")}                          # the models that a stage loads
+
+
+def uses(stage, config):
+    """The models that a stage loads: "teacher", "student"."""
+    models = {"teacher": ("teacher",), "eval": ("teacher", "student")}.get(stage, ("student",))
+    return models + ("teacher",) * (getattr(config, "reference", "sft") == "teacher")
 
 
 def missing(stage, configs):
@@ -28,7 +32,8 @@ def missing(stage, configs):
     folder = Path(configs[stage].out)
     done = {"teacher": (folder / "labels.jsonl").exists(), "eval": False,
             **{s: weights.complete(folder / s) for s in ("sft", "rm", "rl")}}
-    needed = [s for s in ORDER if s in configs]
+    scored = fit.taking_part(configs[stage])["scored"]
+    needed = [s for s in ORDER if s in configs and (s != "rm" or scored)]
     first = next((s for s in reversed(needed) if done[s]), None)
     return needed[needed.index(first) + 1:] if first else needed
 
@@ -55,7 +60,8 @@ def check(stage, configs):
     attempt(writable, Path(config.out))
     problems += run.stale(Path(config.out))
     reward_model = Path(config.out, "rm")
-    if "rl" in stages and "rm" not in stages and config.lora and not (
+    scored = "rl" in stages and fit.taking_part(configs["rl"])["scored"]
+    if scored and "rm" not in stages and config.lora and not (
             reward_model / weights.ADAPTER).exists():
         problems.append(f"{reward_model} was trained without --lora, and PPO with it needs its "
                         "adapter: give --lora 0, or another --out")
@@ -73,14 +79,18 @@ def check(stage, configs):
         for name in config.models.split(","):
             folders[name] = attempt(hub.resolve, name, "models", "", False)
     else:
-        roles = {role for s in stages for role in USES[s]}
+        roles = {role for s in stages for role in uses(s, configs[s])}
         for role in sorted(roles - ({"teacher"} if config.teacher_url else set())):
             name = getattr(config, role)
             revision = config.revision if role == "student" else config.teacher_revision
             folders[role] = attempt(hub.resolve, name, role, revision, False)
             if folders[role]:
                 bytes_needed += attempt(hub.bytes_to_fetch, name, revision) or 0
-    asked = (train or []) + (test or [])
+    asked, reference = (train or []) + (test or []), None
+    if "teacher" in folders and "rl" in stages and configs["rl"].reference == "teacher":
+        reference = folders["teacher"] and attempt(weights.load_config, folders["teacher"])
+        if all(folders.values()):
+            attempt(comparable, folders["teacher"], folders["student"], config.date)
     for name, folder in folders.items():
         shape = folder and attempt(weights.load_config, folder)
         tokenizer = folder and attempt(Tokenizer, folder, config.date)
@@ -89,7 +99,7 @@ def check(stage, configs):
         task = task_of(config)
         lengths = [len(tokenizer.prompt_ids(task.prompt(q["question"]))) for q in asked]
         for s in stages:
-            if name not in USES[s] and not getattr(config, "models", ""):
+            if name not in uses(s, configs[s]) and not getattr(config, "models", ""):
                 continue
             most = shape.max_position_embeddings - configs[s].max_new_tokens
             fitting = [n for n in lengths if n <= most]          # a stage names the others
@@ -99,14 +109,30 @@ def check(stage, configs):
                     f"(prompts of {min(lengths)} to {max(lengths)} tokens) and --max-new-tokens "
                     f"{configs[s].max_new_tokens}: fewer of the one, or shorter questions")
                 break
-            if devices[s]:
-                attempt(fits, s, configs[s], shape, devices[s], max(fitting))
+            if devices[s] and not (s == "rl" and name == "teacher"):
+                attempt(fits, s, configs[s], shape, devices[s], max(fitting), reference)
     problems += disk(config, folders.get("student"), stages, bytes_needed)
     if problems:
         sys.exit("\n".join(dict.fromkeys("\n".join(problems).splitlines())))
 
 
-def fits(stage, config, shape, device, longest):
+def comparable(teacher, student, date):
+    """Raises ValueError unless a teacher can say how probable a student's tokens are."""
+    both = teacher, student
+    tokenizers = [Tokenizer(folder, date) for folder in both]
+    theirs, own = ([t.tokenizer.id_to_token(i) for i in range(t.vocab_size)] for t in tokenizers)
+    prompt, same = ((t.prompt_ids("1 + 1?"), t.eos_ids[0]) for t in tokenizers)
+    most, needed = (weights.load_config(folder).max_position_embeddings for folder in both)
+    rules = [("vocabulary", theirs == own), ("chat template", prompt == same),
+             ("positions", most >= needed)]
+    differ = [what for what, same in rules if not same]
+    if differ:
+        raise ValueError(f"--reference teacher: {teacher} and the student, {student}, differ in "
+                         f"{' and '.join(differ)}, so it can't say how probable the student's "
+                         "tokens are. --reference sft")
+
+
+def fits(stage, config, shape, device, longest, reference=None):
     """Raises ValueError where no setting lets the stage fit the memory that is free."""
     batch = getattr(config, "batch_size", fit.SCORED)
     if stage == "rl":
@@ -116,7 +142,8 @@ def fits(stage, config, shape, device, longest):
                device=device.type, slots=config.slots,
                micro_batch=getattr(config, "micro_batch", 0),
                checkpoint=getattr(config, "checkpoint", None), rank=config.lora,
-               shards=config.shards, **fit.processes())
+               shards=config.shards, reference=reference if stage == "rl" else None,
+               **fit.taking_part(config), **fit.processes())
 
 
 def writable(folder):
@@ -133,9 +160,10 @@ def disk(config, student, stages, download):
     trained = fit.parameters(shape, rank=config.lora) if student and config.lora else count
     # The fp32 folders stay. Beside them is the largest checkpoint, twice while one is written. It
     # has 4 bytes per parameter for the weights, 4 for the best ones and 8 for AdamW's moments; in
-    # PPO the weights and moments of two models.
+    # PPO the weights and moments of two models, or of the policy alone.
     kept = 4 * count * len({"sft", "rm", "rl"} & set(stages))
-    sizes = {"sft": 16 * trained, "rm": 16 * trained, "rl": 24 * trained}
+    both = fit.taking_part(config)["valued"]
+    sizes = {"sft": 16 * trained, "rm": 16 * trained, "rl": 12 * trained * (1 + both)}
     resume = max((sizes[s] for s in stages if s in sizes), default=0)
     problems, disks = [], {}
     for path, size, what in ((Path(constants.HF_HUB_CACHE), download, "models to be fetched"),

@@ -268,8 +268,14 @@ def parameters(config, kind=CausalLM, rank=0):
     return count(kind, key(config, config.num_hidden_layers), rank)
 
 
+def taking_part(config):
+    """Which of "rl"'s models do its algorithm and its reward need? Two flags of `plan`."""
+    return {"scored": getattr(config, "reward", "model") == "model",
+            "valued": getattr(config, "algorithm", "ppo") == "ppo"}
+
+
 def plan(stage, shape, dtype, *, batch, micro_batch, slots, prompt, response, checkpoint=False,
-         rank=0, device="cuda", world=1, shards=1):
+         rank=0, device="cuda", world=1, shards=1, scored=True, valued=True, reference=None):
     """{part: bytes} of a stage in each process, "peak" the most at one time. Trained weights are
     fp32.
 
@@ -283,6 +289,8 @@ def plan(stage, shape, dtype, *, batch, micro_batch, slots, prompt, response, ch
         device: "cuda", "mps" or "cpu".
         world: processes; each takes its part of a batch.
         shards: how many of them the weights are split over, as parallel.shard does.
+        scored, valued: of "rl", is there a reward model, a value model?
+        reference: of "rl", the Config of a reference that is not the student.
     """
     if stage in LEARN:
         batch = -(-batch // world)
@@ -294,15 +302,18 @@ def plan(stage, shape, dtype, *, batch, micro_batch, slots, prompt, response, ch
     trained = {"sft": [(policy, "cross_entropy", length - 1, response)],
                "rm": [(value, "scalar", length, response + 1)],
                "rl": [(policy, "logprobs", length - 1, response),
-                      (value, "scalar", length - 1, response)]}.get(stage, [])
-    frozen = {"teacher": [causal], "eval": [causal], "rl": [causal, scalar]}.get(stage, [])
+                      (value, "scalar", length - 1, response)][:1 + valued]}.get(stage, [])
+    reference = reference or shape
+    frozen = {"teacher": [causal], "eval": [causal],
+              "rl": [parameters(reference), scalar][:1 + scored]}.get(stage, [])
     learned, stored = sum(n for n, *_ in trained), size * sum(frozen)
     if rank and stage in LEARN:
         # One trunk; of the reward model, its adapters and its head beside it.
-        stored = size * (scalar if stage == "rm" else causal) + 4 * value * (stage == "rl")
+        stored = size * (scalar if stage == "rm" else causal)
+        stored += 4 * value * (stage == "rl" and scored)
     learned, stored = -(-learned // shards), -(-stored // shards)
-    tables = {"rl": 4}.get(stage, 1)
-    angles = 4 * shape.max_position_embeddings * shape.head_dim * tables
+    models = {"rl": [reference] + [shape] * (1 + scored + valued)}.get(stage, [shape])
+    angles = sum(4 * m.max_position_embeddings * m.head_dim for m in models)
     parts = {"weights": 4 * learned + stored + angles,
              "best weights": 4 * learned if cpu and stage in ("sft", "rm") else 0,
              "optimizer": 8 * learned, "gradients": 4 * learned, "activations": 0,
@@ -319,6 +330,11 @@ def plan(stage, shape, dtype, *, batch, micro_batch, slots, prompt, response, ch
                   for i, (n, *_) in enumerate(trained)]
         parts["activations"] = 2 * CUBLAS * cuda - parts["gradients"] + max(
             own + 4 * n for own, n in zip(passes, beside))
+        if reference != shape:
+            # Its pass makes no gradients, and comes before there are any.
+            parts["activations"] = max(parts["activations"], most(
+                pass_peaks, reference, "scores", dtype, min(micro_batch, batch), length, 1, False,
+                False, 0, device) - parts["gradients"])
     elif stage == "eval":
         parts["activations"] = CUBLAS * cuda + most(
             pass_peaks, shape, "scores", dtype, micro_batch, length, 1, False, False, 0,
@@ -431,7 +447,7 @@ def flags(stage, micro_batch, checkpoint, slots):
 
 
 def choose(stage, shape, dtype, free, *, batch=0, prompt, response, jobs=0, device="cuda", slots=0,
-           micro_batch=0, checkpoint=None, rank=0, world=1, local=1, shards=0):
+           micro_batch=0, checkpoint=None, rank=0, world=1, local=1, shards=0, **models):
     """The fastest settings whose plan takes at most `free` bytes in each process; those given stay.
     Weights are split only where they must be: over one machine's processes, or else over all.
 
@@ -439,6 +455,7 @@ def choose(stage, shape, dtype, free, *, batch=0, prompt, response, jobs=0, devi
         batch: sequences an optimizer step; micro_batch divides it where stage is "rl".
         jobs: samples that will be drawn.
         world, local: processes, and those of one machine. shards: as `plan` takes it; 0: chosen.
+        models: `plan`'s scored, valued and reference.
     Raises:
         ValueError: nothing fits; says what the least takes and what would fit.
     """
@@ -458,7 +475,7 @@ def choose(stage, shape, dtype, free, *, batch=0, prompt, response, jobs=0, devi
     def peak(b, again, s, shards=splits[-1], shape=shape, response=response):
         return plan(stage, shape, dtype, batch=batch, micro_batch=b, slots=s, prompt=prompt,
                     response=response, checkpoint=again, rank=rank, device=device,
-                    shards=shards)["peak"]
+                    shards=shards, **models)["peak"]
 
     def seconds(b, again):
         """Of a sequence, in units of its arithmetic's."""

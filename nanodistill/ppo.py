@@ -1,5 +1,5 @@
 """PPO for language models: KL-shaped rewards, GAE, whitening, clipped policy and value losses, KL
-control.
+control; and RLOO's and GRPO's advantages.
 
 Everything is a function of tensors (B, R) over the *response* tokens of B right-padded sequences,
 none of them empty. `mask` is True at every sampled token, the EOS included; what lies outside of it
@@ -75,6 +75,24 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     return advantages, advantages + values
 
 
+def group_advantages(rewards, mask, samples, kind):
+    """Advantages (B, R) without a value model: a response's whole reward against those of the same
+    question, the same at each of its tokens, 0 outside the mask.
+
+    The `samples` responses of a question, at least 2, lie beside each other. "rloo" (arXiv
+    2402.14740): the reward less the mean of the others; "grpo" (2402.03300): less the mean of all,
+    over their standard deviation.
+    """
+    totals = rewards.masked_fill(~mask, 0).sum(dim=1).view(-1, samples)       # (questions, samples)
+    centred = totals - totals.mean(dim=1, keepdim=True)
+    if kind == "rloo":
+        # A response is itself one in `samples` of that mean.
+        centred = centred * samples / (samples - 1)
+    else:
+        centred = centred / (totals.std(dim=1, keepdim=True) + 1e-4)
+    return centred.view(-1, 1) * mask                                          # (B, R)
+
+
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, denominator=None):
     """Clipped surrogate loss, and measurements without gradient: {"ratio", "approx_kl" (k3 against
     old), "clipfrac"}, each a `masked_mean`."""
@@ -88,6 +106,11 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, denominator=
                  "clipfrac": masked_mean(clipped, mask, denominator),
                  "approx_kl": masked_mean(kl_k3(old_logprobs, logprobs), mask, denominator)}
     return masked_mean(losses, mask, denominator), stats
+
+
+def total(measurements):
+    """Sums, key by key, of dicts with the same keys, such as those of micro-batches."""
+    return {key: sum(m[key] for m in measurements) for key in measurements[0]}
 
 
 def value_loss(values, old_values, returns, mask, clip=0.2, denominator=None):

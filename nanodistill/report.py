@@ -78,8 +78,17 @@ def reward_model(figures):
         gold = [figures[key].get(name) for key in ("auc_gold", "auc_own_logprob")]
         lines.append(row(name, *(f"{f[key]:.3f}" for key in ("auc", "accuracy", "ece")),
                          *("" if auc is None else f"{auc:.3f}" for auc in gold)))
-    return lines + ["", "AUC against the vote: training questions held out from every stage. "
-                    "Against gold: test questions."]
+    lines += ["", "AUC against the vote: training questions held out from every stage. "
+              "Against gold: test questions."]
+    if not figures.get("within"):
+        return lines
+    lines += head("among the responses to one held-out question", "AUC, gold: reward model", "vote",
+                  "all scored alike: reward model", "vote")
+    for name, by in figures["within"].items():
+        lines.append(row(name, *("" if value is None else f"{value:.3f}" for value in (
+            by[judge].get(key) for key in ("within_auc", "alike")
+            for judge in ("reward_model", "vote")))))
+    return lines
 
 
 def ppo(ends):

@@ -1,4 +1,4 @@
-"""The reward model's own pieces: the score of a sequence, and the two losses.
+"""The scores of responses: a reward model's, with its two losses, or others in its place.
 
 The score of a response is the scalar head's output at its last token, the EOS of a response that
 ended. Sequences are packed: neither batch mates nor any padding change it.
@@ -9,12 +9,19 @@ import torch.nn.functional as F
 
 from nanodistill import parallel
 from nanodistill.batches import pack
+from nanodistill.vote import shares
 
 
 def score(model, rows):
     """Scores (B,) of token-id lists (prompt + response)."""
     packed = pack(rows, model.score.weight.device)
     return model(packed).index_select(0, packed.last)
+
+
+def squash_of(config):
+    """What scores and values go through. A probability has a ceiling: a response that is surely
+    good gains nothing more, and the gradient goes to those that are not."""
+    return torch.sigmoid if config.score == "probability" else torch.nn.Identity()
 
 
 @torch.no_grad()
@@ -47,3 +54,25 @@ def bt_loss(good, bad, denominator):
     good, bad: (B,). Returns the sum divided by `denominator`.
     """
     return -F.logsigmoid(good - bad).sum() / denominator
+
+
+def score_answers(config, votes, reward, ids, texts, answers):
+    """Scores of B responses, floats, where no reward model gives them: see train_rl.py's --reward.
+
+    Args:
+        votes: {question id: vote}. reward: the function, (ids, texts) -> B scores.
+        ids, texts, answers: B each; a question's `samples` responses lie beside each other.
+    Raises ValueError if the function gives more scores or fewer.
+    """
+    if config.reward == "vote":
+        return [float(answer is not None and answer == votes[id_])
+                for id_, answer in zip(ids, answers)]
+    if config.reward == "self":
+        n = config.samples
+        return [s for start in range(0, len(ids), n) for s in shares(answers[start:start + n])]
+    # Asked once: it need not say the same in each process.
+    found = None if parallel.rank() else [float(s) for s in reward(ids, texts)]
+    found = parallel.gather(found)[0]
+    if len(found) != len(ids):
+        raise ValueError(f"the reward function gave {len(found)} scores of {len(ids)} responses")
+    return found

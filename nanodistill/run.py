@@ -54,7 +54,7 @@ def start(configs, stage):
     return folder, device, fit.pick_dtype(config.dtype, device)
 
 
-def fitted(stage, config, model, dtype, device, prompt, response, batch=0, jobs=0):
+def fitted(stage, config, model, dtype, device, prompt, response, batch=0, jobs=0, reference=None):
     """--slots, --micro-batch and --checkpoint as given, else the fastest that fit: a fit.Choice,
     the same in all processes.
 
@@ -62,6 +62,7 @@ def fitted(stage, config, model, dtype, device, prompt, response, batch=0, jobs=
         prompt, response: tokens of the longest of each.
         batch: sequences per optimizer step.
         jobs: samples to be drawn.
+        reference: of "rl", the Config of a reference that is not the student.
     Raises SystemExit with what would fit, where nothing does.
     """
     shards = config.shards or 1
@@ -76,7 +77,8 @@ def fitted(stage, config, model, dtype, device, prompt, response, batch=0, jobs=
             prompt=prompt, response=response, jobs=jobs, device=device.type, slots=config.slots,
             micro_batch=getattr(config, "micro_batch", 0),
             checkpoint=getattr(config, "checkpoint", None), rank=config.lora,
-            shards=config.shards, **fit.processes())
+            shards=config.shards, reference=reference, **fit.taking_part(config),
+            **fit.processes())
     except ValueError as error:
         sys.exit(str(error))
     print(f"{stage}: {choice.line}")
@@ -373,3 +375,21 @@ def every(minutes):
         last = time.monotonic()
         return True
     return due
+
+
+def saver(path, config, parts, watch):
+    """-> `save(stop, **state)`, which a loop calls once per step: a checkpoint of `parts` and
+    `state` (see `save_checkpoint`) every --save-minutes, and in the end if any process is to stop.
+    """
+    due, models = every(config.save_minutes), [
+        part for part in parts.values() if isinstance(part, torch.nn.Module)]
+
+    def save(stop, **state):
+        # `stop` is one asking: an interrupt between two would not be saved.
+        stop = parallel.any_(stop)
+        if stop or due():
+            watch.settle(*models)
+            save_checkpoint(path, config, parts, **state)
+        if stop:
+            sys.exit("stopped after saving; the same command goes on from here")
+    return save

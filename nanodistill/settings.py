@@ -32,7 +32,7 @@ MADE = {"teacher": {"teacher.jsonl": SAMPLED,
 
 
 def flag(default, help, choices=None, least=None, above=None, most=None, result=True,
-         run_wide=False):
+         run_wide=False, only=None):
     """A dataclass field that `parse` turns into a command-line flag.
 
     Args:
@@ -40,10 +40,11 @@ def flag(default, help, choices=None, least=None, above=None, most=None, result=
         least, above, most: what the number must not be below, must be above, must not be above.
         result: False for what says only where or how fast.
         run_wide: the same in all stages of a run.
+        only: (another flag, its value), without which this one does nothing.
     """
     return dataclasses.field(default=default, metadata={
         "help": help, "choices": choices, "least": least, "above": above, "most": most,
-        "result": result, "run_wide": run_wide})
+        "result": result, "run_wide": run_wide, "only": only})
 
 
 @dataclasses.dataclass
@@ -96,6 +97,19 @@ class Common:
     def problems(self, given):
         """What is wrong with these values together; `given`: names of those that were typed."""
         return []
+
+
+@dataclasses.dataclass
+class Training(Common):
+    """The flags of every stage that trains, beside its own."""
+    micro_batch: int = flag(0, "responses per forward and backward pass, two in a pair; the "
+                            "gradient does not depend on it; 0 = as many as fit the memory",
+                            least=0, result=False)
+    checkpoint: bool = flag(None, "activation checkpointing: a layer's activations are computed "
+                            "again in backward instead of kept; not given: where it must be",
+                            result=False)
+    max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm", above=0)
+    save_minutes: float = flag(10.0, "time between checkpoints", above=0, result=False)
 
 
 COMMON = [field.name for field in dataclasses.fields(Common)]
@@ -300,6 +314,14 @@ def idle(given, values):
     return [message for wrong, message in rules if wrong]
 
 
+def needless(config, given):
+    """Problems of a stage's flags that were typed and do nothing (`flag`'s `only`)."""
+    fields = [f for f in dataclasses.fields(config) if f.metadata["only"] and f.name in given]
+    return [f"{option('', '', f.name)} does nothing without {option('', '', other)} {value}"
+            for f in fields for other, value in [f.metadata["only"]]
+            if getattr(config, other) != value]
+
+
 # ---- settings.json ----
 
 def load(folder):
@@ -418,8 +440,9 @@ def parse(stage, stages, doc, argv=None):
         configs[s] = config(**values)
     problems += idle(own, vars(configs[stage]))
     for s, config in configs.items():
+        typed = {n for t, n in given if t == s}
         problems += [f"{s}: {p}" if s != stage else p
-                     for p in config.problems({n for t, n in given if t == s})]
+                     for p in needless(config, typed) + config.problems(typed)]
     problems += conflicts(folder, stage, configs, saved)
     if problems:
         sys.exit("\n".join(dict.fromkeys(problems)))

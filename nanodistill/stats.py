@@ -51,6 +51,27 @@ def auc(scores, labels):
     return float((ranks[labels].sum() - good * (good + 1) / 2) / (good * bad))
 
 
+def within(ids, scores, labels):
+    """What scores tell of the responses to one question; `ids` say to which each response is.
+
+    Returns {"within_auc": P(a good response is above a bad one to its question), ties half, absent
+    if no question has both; "spread": the mean of the questions' standard deviations; "alike": the
+    share of questions whose scores are all the same}, of questions with several responses; {} if
+    there is none.
+    """
+    groups = {}
+    for id_, score, label in zip(ids, numbers(scores), labels):
+        groups.setdefault(id_, []).append((score, label))
+    groups = [tuple(zip(*rows)) for rows in groups.values() if len(rows) > 1]
+    pairs = [sum(labels) * (len(labels) - sum(labels)) for _, labels in groups]
+    above = sum(n * auc(*group) for n, group in zip(pairs, groups) if n)
+    if not groups:
+        return {}
+    return ({"within_auc": float(above / sum(pairs))} if sum(pairs) else {}) | {
+        "spread": float(np.mean([np.std(scores) for scores, _ in groups])),
+        "alike": sum(len(set(scores)) == 1 for scores, _ in groups) / len(groups)}
+
+
 def calibration(scores, labels, bins=10):
     """Reliability of sigmoid(score) as a probability: (expected calibration error, nan if empty;
     [(mean predicted, share good, n)] by equal bins)."""

@@ -43,6 +43,13 @@ def labels(answers, vote):
     return [None if vote.answer is None else a == vote.answer for a in answers]
 
 
+def shares(answers):
+    """What each answer has of the first place among all, without a teacher (TTRL, arXiv
+    2504.16084): 1 if most samples gave it, 1 / t if t tie; else, and where there is none, 0."""
+    first = plurality(answers)
+    return [1 / len(first) if a in first else 0.0 for a in answers]
+
+
 def summary(votes):
     """{"kept": share of the questions with a vote, "agreement": mean agreement over those}."""
     kept = [v for v in votes if v.answer is not None]

@@ -80,6 +80,26 @@ def test_weights_moments_and_cache_by_hand():
     assert parts["sampler's weights"] == 2 * n     # PPO samples from a bf16 copy of the fp32 policy
 
 
+def test_without_a_value_or_a_reward_model_their_weights_and_moments_are_not_there():
+    def of(**models):
+        return fit.plan("rl", SHAPES["135m"], BF16, batch=64, micro_batch=8, slots=64, prompt=256,
+                        response=512, **models)
+
+    n, table = 134_515_008, 4 * 8192 * 64                        # of rotary angles, a model's
+    both, scored, neither = of(), of(valued=False), of(valued=False, scored=False)
+    assert scored["optimizer"] == 8 * n and scored["gradients"] == 4 * n
+    assert both["weights"] - scored["weights"] == 4 * (n + 576) + table
+    assert scored["weights"] - neither["weights"] == 2 * (n + 576) + table
+    assert neither["peak"] < scored["peak"] < both["peak"]
+    # A reference of 1.7b instead, by the count on its page.
+    large = of(valued=False, scored=False, reference=SHAPES["1.7b"])
+    assert large["weights"] - neither["weights"] == pytest.approx(2 * (1.711e9 - n), rel=1e-3)
+    assert large["peak"] > neither["peak"]
+    rank = [of(rank=32, valued=v, scored=s)["weights"] for v, s in ((0, 1), (0, 0))]
+    adapters = fit.parameters(SHAPES["135m"], ScalarModel, 32)
+    assert rank[0] - rank[1] == 4 * adapters + table
+
+
 def test_accumulation_takes_more_than_a_batch_of_one_pass():
     """The first micro-batch's gradients stay while the next one's activations are there."""
     alone, again = (plan("1b", "sft", 8, batch=batch)["peak"] for batch in (8, 16))

@@ -220,6 +220,8 @@ FEW = {"sft": ["--batch-size", "1", "--epochs", "0.15"],
        "rm": ["--batch-size", "1", "--epochs", "0.06"],
        "rm ": ["--batch-size", "2", "--epochs", "0.3", "--rm-loss", "bt"],
        "rl": ["--prompts", "2", "--steps", "2", "--minibatches", "2", "--ppo-epochs", "1"],
+       "rl  ": ["--prompts", "10", "--steps", "2", "--algorithm", "grpo", "--samples", "2",
+                "--reward", "self"],
        "rl ": ["--prompts", "20", "--steps", "2", "--kl-limit", "1e-4", "--minibatches", "5"]}
 INPUTS = {"sft": ["teacher.jsonl", "labels.jsonl"],
           "rm": ["teacher.jsonl", "labels.jsonl", "sft", "student.jsonl"],

@@ -1,6 +1,7 @@
 """PPO's arithmetic against numbers worked by hand and against other libraries."""
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -54,6 +55,53 @@ def test_gae_discounts_by_default_with_gamma_1_and_lambda_095():
     for values, args, expected in (([1.0, 1.0], (), [0.0, 0.0]), ([1.0, 2.0], (), [0.05, -1.0]),
                                    ([1.0, 2.0], (0.9, 0.5), [0.35, -1.0])):
         torch.testing.assert_close(ppo.gae(rewards, T([values]), mask, *args)[0], T([expected]))
+
+
+def test_group_advantages_by_hand():
+    """Two questions, three responses to each, of one token and of two: whole rewards 1, 2, 6 and
+    -1, -1, 2. The first of 1, 2, 6 is 1 - (2 + 6) / 2 = -3; their mean is 3, their deviation
+    sqrt((4 + 1 + 9) / 2); that of the others sqrt((1 + 1 + 4) / 2). What is outside the mask, a NaN
+    here, counts for nothing."""
+    nan = float("nan")
+    rewards = T([[0.5, 0.5], [2.0, nan], [-1.0, 7.0], [-1.0, nan], [0.0, -1.0], [2.0, nan]])
+    mask = ~rewards.isnan()
+    rloo, grpo = (ppo.group_advantages(rewards, mask, 3, kind) for kind in ("rloo", "grpo"))
+    by_hand = T([-3.0, -1.5, 4.5, -1.5, -1.5, 3.0])
+    torch.testing.assert_close(rloo, by_hand[:, None] * mask)
+    by_hand = T([-2.0, -1.0, 3.0, -1.0, -1.0, 2.0]) / T([7.0, 7.0, 7.0, 3.0, 3.0, 3.0]).sqrt()
+    torch.testing.assert_close(grpo, by_hand[:, None] * mask, rtol=1e-3, atol=0)
+
+
+def test_group_advantages_against_one_response_left_out_at_a_time():
+    """TRL: RLOO's baseline is the mean over the group without the response; GRPO divides by the
+    group's deviation (unbiased) plus 1e-4."""
+    counts, n = [1, 4, 2, 3, 3, 1, 2, 4], 4
+    mask = torch.arange(4) < T(counts)[:, None]
+    rewards = torch.randn(8, 4).double() * mask
+    rewards[4:] = rewards[4:] * 1e-3                             # where 1e-4 matters
+    rloo, grpo = (ppo.group_advantages(rewards, mask, n, kind) for kind in ("rloo", "grpo"))
+    for b, count in enumerate(counts):
+        group = [rewards[i].sum().item() for i in range(b // n * n, b // n * n + n)]
+        own = group.pop(b % n)
+        expected = own - statistics.mean(group)
+        assert rloo[b].tolist() == pytest.approx([expected] * count + [0] * (4 - count))
+        group.append(own)
+        expected = (own - statistics.mean(group)) / (statistics.stdev(group) + 1e-4)
+        assert grpo[b].tolist() == pytest.approx([expected] * count + [0] * (4 - count))
+
+
+@pytest.mark.parametrize("kind", ["rloo", "grpo"])
+def test_a_response_that_its_group_beats_becomes_less_probable(kind):
+    """The policy is one softmax over eight responses of one token, the rewards of both questions
+    differ by 10: only those of the same question count."""
+    logits = torch.zeros(8, requires_grad=True)
+    logprobs = logits.log_softmax(0)[:, None]                    # (B, 1)
+    rewards, mask = T([[1.0], [0.0], [0.0], [1.0], [11.0], [11.0], [10.0], [10.0]]), logprobs < 1
+    advantages = ppo.group_advantages(rewards, mask, 4, kind)
+    ppo.policy_loss(logprobs, logprobs.detach(), advantages, mask)[0].backward()
+    assert (-logits.grad).sign().tolist() == [1, -1, -1, 1, 1, 1, -1, -1]
+    # Where all are alike there is nothing to learn.
+    assert not ppo.group_advantages(torch.full((4, 1), 0.3), mask[:4], 4, kind).any()
 
 
 def test_whiten_by_hand():

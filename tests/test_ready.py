@@ -48,6 +48,21 @@ def test_a_full_disk_is_said_before_anything_is_sampled(tmp_path, monkeypatch):
                 ready.check("rl", configs(tmp_path, "--questions", "5"))
 
 
+@pytest.mark.parametrize("algorithm, each", [("ppo", 24), ("rloo", 16)])
+def test_without_a_value_model_checkpoints_are_smaller(tmp_path, monkeypatch, algorithm, each):
+    """A vote needs no reward model: two folders, 4 bytes per weight; and two checkpoints, of SFT
+    16 bytes, of RL 12 for each model that is trained."""
+    flags = ["--value-from", "policy"] if algorithm == "ppo" else ["--samples", "2"]
+    asked = configs(tmp_path, "--reward", "vote", "--algorithm", algorithm, *flags)
+    stages, student = ready.missing("rl", asked), hub.TINY / "student"
+    assert stages == ["teacher", "sft", "rl", "eval"]
+    needed = (2 * 4 + 2 * each) * sum(p.numel() for p in weights.load(student).parameters())
+    usage = namedtuple("usage", "total used free")
+    for free, problems in ((needed - 1, 1), (needed + 1, 0)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage(0, 0, free))
+        assert len(ready.disk(asked["rl"], student, stages, 0)) == problems
+
+
 def test_a_place_that_is_no_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match="not a folder that may be written to"):

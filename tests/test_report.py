@@ -86,6 +86,16 @@ def test_the_page_is_drawn_from_the_report_alone(folder, monkeypatch, capsys):
     assert json.loads((folder / "report.json").read_text())["ppo"] == REPORT["ppo"]
 
 
+def test_what_is_told_within_a_question_is_a_table_of_its_own():
+    """By gold in one row; in the other no question has both a right response and a wrong one."""
+    judges = {"reward_model": {"within_auc": 0.75, "spread": 0.3, "alike": 0.0},
+              "vote": {"within_auc": 0.5, "spread": 0.1, "alike": 0.625}}
+    bare = {judge: {"spread": 0.0, "alike": 1.0} for judge in judges}
+    page = report.markdown({**REPORT, "reward_model": {
+        **REPORT["reward_model"], "within": {"sft": judges, "rl": bare}}})
+    assert "| sft | 0.750 | 0.500 | 0.000 | 0.625 |\n| rl |  |  | 1.000 | 1.000 |\n" in page
+
+
 def test_a_page_without_test_questions_and_gold():
     bare = {"seed": 1, "task": "gsm8k", "models": {}, "pairs": {},
             "votes": {"kept": 1.0, "agreement": 0.5},

@@ -97,6 +97,9 @@ def test_report(finished, tmp_path):
     assert all({"difference", "low", "high"} <= set(p) for p in found["pairs"].values())
     for key in ("auc", "auc_gold", "auc_own_logprob"):
         assert set(found["reward_model"][key]) == {"teacher", "sft", "rl"}
+    for by in found["reward_model"]["within"].values():
+        assert set(by) == {"reward_model", "vote"}
+        assert all(0 <= f["alike"] <= 1 for f in by.values())
     assert set(found["votes"]) == {"kept", "agreement", "accuracy"}
     assert set(found["seconds"]) == {"teacher", "sft", "rm", "rl", "eval"}
     assert "| rl | " in (finished / "report.md").read_text()

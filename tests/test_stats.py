@@ -27,6 +27,21 @@ def test_paired_difference_by_hand_and_mcnemar_against_scipy():
     assert stats.paired(a, a) == {"difference": 0, "low": 0, "high": 0, "p": 1.0}
 
 
+def test_within_a_question_by_hand():
+    """a: good 2 and 3, bad 1 and 3: above, above, below, tie of 4 pairs (2 > 1, 3 > 1, 2 < 3,
+    3 = 3). b: all alike, both kinds, one tie. c: good alone. d: one response, which counts for
+    nothing, though it is bad and far above. Deviations 0.829, 0, 0.5."""
+    rows = [("a", 2, True), ("d", 99, False), ("a", 1, False), ("b", 5, True), ("a", 3, True),
+            ("b", 5, False), ("a", 3, False), ("c", 0, True), ("c", 1, True)]
+    found = stats.within(*zip(*rows))
+    assert found["within_auc"] == pytest.approx((2.5 + 0.5) / 5)
+    assert found["alike"] == pytest.approx(1 / 3)
+    assert found["spread"] == pytest.approx(((11 / 16) ** 0.5 + 0 + 0.5) / 3)
+    # No pair, and no question with two responses.
+    assert set(stats.within("cc", [0, 1], [True, True])) == {"spread", "alike"}
+    assert stats.within("abc", [0, 1, 2], [True, False, True]) == {} == stats.within([], [], [])
+
+
 def test_auc_by_hand_and_against_scipy():
     assert stats.auc([1, 2, 3, 4], [False, False, True, True]) == 1.0
     assert stats.auc([1, 2, 3, 4], [True, False, True, False]) == 0.25       # 1 pair of 4

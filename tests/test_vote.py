@@ -1,4 +1,4 @@
-from nanodistill.vote import Vote, labels, majority, plurality, summary
+from nanodistill.vote import Vote, labels, majority, plurality, shares, summary
 
 
 def test_majority_wins_and_missing_answers_count_against_agreement():
@@ -36,3 +36,10 @@ def test_labels_follow_the_vote():
 def test_summary():
     votes = [Vote("1", 0.5, 4), Vote("2", 1.0, 4), Vote(None, 0.2, 4), Vote(None, 0.4, 4)]
     assert summary(votes) == {"kept": 0.5, "agreement": 0.75}
+
+
+def test_shares_of_the_first_place_by_hand():
+    """A tie of two is half each; a response without an answer leads nothing, however many."""
+    assert shares(["7", "8", "7", None]) == [1, 0, 1, 0]
+    assert shares(["7", "8", "8", "7", "9"]) == [0.5, 0.5, 0.5, 0.5, 0]
+    assert shares([None, None, "3"]) == [0, 0, 1] and shares([None]) == [0]

@@ -13,7 +13,7 @@ then eval.py. Writes rl/, an HF folder, and a line per step to metrics.jsonl. Fo
     value model    from rm/, trained: it knows already what makes a response good; with ppo
 
 What to look at: ratio 1 and approx_kl 0 in the first minibatch of each step; score rising; kl (nats
-per response from the reference) rising slowly; and true_accuracy, a diagnostic measured against
+per response from the SFT student) rising slowly; and true_accuracy, a diagnostic measured against
 gold that nothing here trains on or decides by. Score up with true_accuracy down is reward hacking.
 Left out: an entropy bonus; a choice among checkpoints (the last one is the result).
 Per-token quantities are (B, R) tensors, padded on the right: B responses, R tokens of the longest.
@@ -88,8 +88,7 @@ class Config(Training):
     def problems(self, given):
         batch, (scored, valued) = self.prompts * self.samples, fit.taking_part(self).values()
         rules = [
-            ("score" in given and not (scored or valued), "--score does nothing with --algorithm "
-             f"{self.algorithm} and --reward {self.reward}"),
+            ("score" in given and not scored, f"--score does nothing with --reward {self.reward}"),
             (self.lora and self.value_from == "policy", "--value-from policy: not with --lora"),
             (self.reference == "teacher" and (self.lora or self.teacher_url), "--reference teacher"
              ": not with --lora, whose trunk is the reference, nor with a server"),
@@ -107,8 +106,9 @@ STAGES = {**train_rm.STAGES, "rl": Config, **grading.STAGES}
 
 def main(argv=None, reward=None):
     """reward: a function (question ids, texts) -> scores, B each; for --reward function."""
-    if reward:
-        argv = [*(sys.argv[1:] if argv is None else argv), "--reward", "function"]
+    argv = sys.argv[1:] if argv is None else argv
+    if reward and "--reward" not in argv:
+        argv = [*argv, "--reward", "function"]
     configs = settings.parse("rl", STAGES, __doc__, argv)
     config = configs["rl"]
     if config.dry_run:
@@ -118,8 +118,9 @@ def main(argv=None, reward=None):
         report = Path(config.out, "report.md")
         process.need(report.exists(), report, "eval.py", config)
         return print(f"\n{report.read_text(encoding='utf-8')}")
-    if config.reward == "function" and not reward:
-        sys.exit("--reward function: give it in Python, train_rl.main(argv, reward)")
+    if (config.reward == "function") != bool(reward):
+        sys.exit(f"--reward {config.reward}: a function is given in Python, and only then: "
+                 "train_rl.main(argv, reward)")
     ready.check("rl", configs)
     folder, device, dtype = run.start(configs, "rl")
     inputs = ["sft"] + ["rm"] * (config.reward == "model")
@@ -308,9 +309,10 @@ def train(config, folder, device, dtype, reward=None, teacher=None):
                                               config.lam)
             else:
                 advantages = returns = ppo.group_advantages(
-                    rewards, response_mask, config.samples, config.algorithm)
+                    rewards, response_mask, config.samples, config.algorithm, shaped)
             if config.whiten_advantages:
-                advantages = ppo.whiten(advantages, response_mask)
+                # A group's mean is 0 already: without that, where all are alike would teach too.
+                advantages = ppo.whiten(advantages, response_mask, shift_mean=bool(value_model))
             experience = Experience(rows, counts, response_mask, old_logprobs, old_values,
                                     advantages, returns)
 

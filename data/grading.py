@@ -55,9 +55,11 @@ class Samples:
 
     def read(self):
         """The samples of all processes: {(what, question id): responses}."""
-        run.merge(self.file, lambda row: (row.get("what"), row.get("id")))
-        self.rows = {(row["what"], row["id"]): row["responses"]
-                     for row in files.read_jsonl(self.file)[1:]}
+        run.merge(self.file, lambda row: (
+            row.get("what"), row.get("id"), len(row.get("responses", ()))))
+        # Of a question that was asked for more samples later, those count.
+        rows = sorted(files.read_jsonl(self.file)[1:], key=lambda row: len(row["responses"]))
+        self.rows = {(row["what"], row["id"]): row["responses"] for row in rows}
 
     def __call__(self, what, questions, n, temperature):
         """[[{"text", "answer", "ended", "tokens", "logprob"}] * n for each question].
@@ -70,7 +72,9 @@ class Samples:
                 if kind == what and len(rows) >= n}
         texts = {q["id"]: q["question"] for q in questions}
         todo = [id_ for id_ in texts if id_ in self.prompts and id_ not in have]
-        todo = {id_: self.prompts[id_] for id_ in parallel.deal(todo)}
+        # The first process's view counts: it may be writing already.
+        todo = parallel.deal(parallel.gather(todo)[0])
+        todo = {id_: self.prompts[id_] for id_ in todo}
         append = files.Appender(run.own_file(self.file))
         done = respond(self.model, self.tokenizer, todo, n=n, temperature=temperature,
                        max_new_tokens=self.max_new_tokens, slots=self.slots,

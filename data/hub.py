@@ -5,6 +5,7 @@ and what needs no access. A user's token goes to the hub and to nobody else.
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import queue
@@ -13,6 +14,7 @@ import threading
 from fnmatch import fnmatch
 from pathlib import Path
 
+from nanodistill import lora
 from nanodistill.files import digest
 from nanodistill.presets import SIZES, STUDENTS
 from nanodistill.tokenizer import FILES as TOKENIZER_FILES
@@ -23,7 +25,7 @@ from nanodistill.weights import (
     load,
     load_adapter,
     load_adapter_config,
-    save,
+    write,
 )
 
 
@@ -101,13 +103,17 @@ def _merged(folder, role, weights):
     parts = [digest(path) for path in (folder, folder / ADAPTER_CONFIG, base)]
     key = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
     merged = Path(constants.HF_HOME) / "nanodistill" / f"{folder.resolve().name}-{key}"
-    if not complete(merged):
-        print(f"--{role} {folder}: an adapter, merged into {base}: {merged}", flush=True)
-        try:
-            model = load_adapter(folder, load(base).requires_grad_(False))
-        except (ValueError, OSError) as error:
-            sys.exit(f"--{role} {folder}: {error}")
-        save(model, merged, base, base=base)
+    merged.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{merged}.lock", "w") as lock:
+        # Of several processes one makes it, and the others wait.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not complete(merged):
+            print(f"--{role} {folder}: an adapter, merged into {base}: {merged}", flush=True)
+            try:
+                model = load_adapter(folder, load(base).requires_grad_(False))
+            except (ValueError, OSError) as error:
+                sys.exit(f"--{role} {folder}: {error}")
+            write(model, dict(lora.merged(model)), merged, base, base)
     return merged
 
 

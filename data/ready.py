@@ -14,7 +14,7 @@ from huggingface_hub import constants
 
 from data import TASKS, hub, server, task_of
 from data.dry_run import report
-from nanodistill import fit, run, weights
+from nanodistill import fit, parallel, run, weights
 from nanodistill.tokenizer import Tokenizer
 
 
@@ -137,7 +137,9 @@ def fits(stage, config, shape, device, longest, reference=None):
     batch = getattr(config, "batch_size", fit.SCORED)
     if stage == "rl":
         batch = config.prompts * config.samples // config.minibatches
-    fit.choose(stage, shape, fit.pick_dtype(config.dtype, device), fit.free_bytes(device),
+    parallel.start(device)
+    free = min(parallel.gather(fit.free_bytes(device)))
+    fit.choose(stage, shape, fit.pick_dtype(config.dtype, device), free,
                batch=batch, prompt=longest, response=config.max_new_tokens, jobs=256,
                device=device.type, slots=config.slots,
                micro_batch=getattr(config, "micro_batch", 0),

@@ -173,6 +173,8 @@ def collect(path, questions, task, sampler, temperatures, description, keep_toke
                  f"({len(other)} differ). Give another --out, or delete it and what was made from "
                  "it.")
     todo, idle = [q for q in questions if q["id"] not in rows], alone and parallel.rank() > 0
+    # The first process's view counts: it may be writing already.
+    todo = parallel.gather(todo)[0]
     there = len(questions) - len(todo)
     todo = {q["id"]: q for q in ([] if idle else todo if alone else parallel.deal(todo))}
     append, waiting, spent = files.Appender(run.own_file(path)), {}, 0

@@ -371,7 +371,7 @@ def pick_device(name):
             torch.backends.cuda.is_built() else "PyTorch finds no card (look at nvidia-smi)"
         raise ValueError(f"--device {name}: {why}. --device auto takes what is there")
     if name == "cuda" and parallel.world() > 1:
-        if parallel.local_rank() >= torch.cuda.device_count():
+        if parallel.local_world() > torch.cuda.device_count():
             raise ValueError(f"torchrun started {parallel.local_world()} processes here, and there "
                              f"are {torch.cuda.device_count()} GPUs: --nproc-per-node says how "
                              "many it starts")

@@ -75,13 +75,14 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     return advantages, advantages + values
 
 
-def group_advantages(rewards, mask, samples, kind):
+def group_advantages(rewards, mask, samples, kind, scores=None):
     """Advantages (B, R) without a value model: a response's whole reward against those of the same
     question, the same at each of its tokens, 0 outside the mask.
 
     The `samples` responses of a question, at least 2, lie beside each other. "rloo" (arXiv
     2402.14740): the reward less the mean of the others; "grpo" (2402.03300): less the mean of all,
-    over their standard deviation.
+    over the standard deviation of the question's `scores` (B,), for rewards have the KL in them,
+    which would be all that is left where scores are alike; None: of the whole rewards.
     """
     totals = rewards.masked_fill(~mask, 0).sum(dim=1).view(-1, samples)       # (questions, samples)
     centred = totals - totals.mean(dim=1, keepdim=True)
@@ -89,7 +90,8 @@ def group_advantages(rewards, mask, samples, kind):
         # A response is itself one in `samples` of that mean.
         centred = centred * samples / (samples - 1)
     else:
-        centred = centred / (totals.std(dim=1, keepdim=True) + 1e-4)
+        spread = (totals if scores is None else scores.view(-1, samples)).std(dim=1, keepdim=True)
+        centred = torch.where(spread > 0, centred / (spread + 1e-4), centred)
     return centred.view(-1, 1) * mask                                          # (B, R)
 
 

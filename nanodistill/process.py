@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import gc
 import os
 import signal
 import socket
@@ -37,7 +38,7 @@ def guard(main):
             signal.signal(number, stop)
     if parallel.world() > 1 and "NANODISTILL_LOCK" not in os.environ:
         threading.Thread(target=end_after, args=(orphaned,), daemon=True).start()
-    # Of several processes the first prints; the messages of one on each machine are shown.
+    # Of several processes the first prints; what ends them all is said by one on each machine.
     if parallel.rank():
         sys.stdout = open(os.devnull, "w")
     try:
@@ -45,7 +46,8 @@ def guard(main):
     except SystemExit as error:
         sys.exit(1 if error.code and parallel.local_rank() else error.code)
     except KeyboardInterrupt:
-        sys.exit("stopped at once. What was saved is whole; the same command goes on from there.")
+        sys.exit(1 if parallel.local_rank() else
+                 "stopped at once. What was saved is whole; the same command goes on from there.")
     except FloatingPointError as error:
         sys.exit(str(error))
     except Exception as error:
@@ -193,6 +195,10 @@ def need(there, path, script, config):
     print(f"\n{path} is missing: running {script}", flush=True)
     command = [sys.executable, str(Path(__file__).parent.parent / script), "--out", config.out]
     take(config.out)
+    # What this stage has freed is for the next one, which is another process.
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     # The child inherits the lock and a pipe's read end; the pipe closes when this process dies.
     lock, (parent, ours) = _taken[Path(config.out).resolve()], os.pipe()
     child, came = None, []

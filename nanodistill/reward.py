@@ -21,7 +21,8 @@ def score(model, rows):
 def squash_of(config):
     """What scores and values go through. A probability has a ceiling: a response that is surely
     good gains nothing more, and the gradient goes to those that are not."""
-    return torch.sigmoid if config.score == "probability" else torch.nn.Identity()
+    squashed = config.score == "probability" and config.reward == "model"
+    return torch.sigmoid if squashed else torch.nn.Identity()
 
 
 @torch.no_grad()

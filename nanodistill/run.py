@@ -319,14 +319,15 @@ def load_checkpoint(path, config, parts=None):
     Raises SystemExit if the file is damaged, or if the settings differ in what the result depends
     on: it would be neither run.
     """
-    if not Path(path).exists():
+    # The first process's view counts: a shared folder may show the others an older one.
+    if not parallel.gather(Path(path).exists())[0]:
         return None
     try:
         with zipfile.ZipFile(path) as archive:                   # torch.load looks at no checksum
-            if archive.testzip():
+            if parallel.rank() == 0 and archive.testzip():
                 raise ValueError
-        # Mapped, where each process keeps a part of it.
-        mapped = parallel.splits()
+        # Mapped, where several processes read it.
+        mapped = parallel.world() > 1
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         before, saved = state["config"], {name: state[name] for name in parts or {}}
         for name, value in saved.items():
@@ -391,5 +392,7 @@ def saver(path, config, parts, watch):
             watch.settle(*models)
             save_checkpoint(path, config, parts, **state)
         if stop:
+            # The first may be writing yet, and torchrun gives it half a minute once others end.
+            parallel.gather(None)
             sys.exit("stopped after saving; the same command goes on from here")
     return save

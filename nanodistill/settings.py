@@ -84,14 +84,15 @@ class Common:
     # What each stage may have of its own.
     questions: int = flag(0, "questions used of the stage's split; 0 = all", least=0)
     max_new_tokens: int = flag(None, "a response is cut off here", least=1)
-    slots: int = flag(0, "sequences sampled at once; 0 = as many as fit the memory, at most 256",
-                      least=0, result=False)
+    slots: int = flag(0, "sequences sampled at once, by each process; 0 = as many as fit the "
+                      "memory, at most 256", least=0, result=False)
     device: str = flag("auto", "auto: cuda if there is one, else mps (untested), else cpu",
                        ("auto", "cuda", "mps", "cpu"), result=False)
     dtype: str = flag("auto", "of the arithmetic; trained weights stay fp32; auto: bf16 on CUDA, "
                       "else fp32", ("auto", "bf16", "fp32"), result=False)
-    shards: int = flag(0, "processes that weights are split over; 0 = none, where they fit whole",
-                       least=0, result=False)
+    shards: int = flag(0, "processes that share one copy of the weights; 1 = each has all of them; "
+                       "0 = 1 where that fits, else those of a machine, else all", least=0,
+                       result=False)
     threads: int = flag(0, "CPU threads; 0 = PyTorch's choice", least=0, result=False)
 
     def problems(self, given):

@@ -241,17 +241,18 @@ def save(model, folder, tokenizer_from, dtype=None, shard_bytes=5 * 10**9, base=
     writes, and the others wait until all is there.
     """
     tensors = {}
-    for name, p in lora.merged(model):
+    for name, p in lora.merged(model) if parallel.splits() or parallel.rank() == 0 else ():
         p = parallel.whole(p)
         if parallel.rank() == 0:
             tensors[name] = p.to("cpu", dtype or p.dtype).contiguous()
     if parallel.rank() == 0:
-        _write(model, tensors, Path(folder), Path(tokenizer_from), shard_bytes, base)
+        write(model, tensors, folder, tokenizer_from, base, shard_bytes)
     parallel.gather(None)
 
 
-def _write(model, tensors, folder, source, shard_bytes, base):
-    config = model.config
+def write(model, tensors, folder, tokenizer_from, base="", shard_bytes=5 * 10**9):
+    """What `save` does in one process, with the {name: tensor on the CPU} of the merged model."""
+    folder, source, config = Path(folder), Path(tokenizer_from), model.config
     folder.mkdir(parents=True, exist_ok=True)
     if any(isinstance(module, lora.LoRALinear) for module in model.modules()):
         save_adapter(model, folder / ADAPTER, base)

@@ -95,7 +95,7 @@ def test_own_questions_are_asked_as_gsm8ks_are():
     (["--algorithm", "grpo", "--samples", "2", "--value-learning-rate", "1e-3"],
      "--value-learning-rate does nothing without --algorithm ppo"),
     (["--algorithm", "rloo", "--samples", "2", "--reward", "self", "--score", "logit"],
-     "--score does nothing with --algorithm rloo and --reward self"),
+     "--score does nothing with --reward self"),
     (["--algorithm", "rloo"], "--samples 1: the responses to a question"),
     (["--reward", "self", "--value-from", "policy"], "--samples 1: the responses to a question"),
     (["--reward", "vote"], "--reward vote needs --value-from policy"),

@@ -329,7 +329,7 @@ def test_the_plan_is_within_6_percent_of_what_fsdp2_takes(eight, kind, head, seq
     taken = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
     planned = fit.most(fit.pass_peaks, WIDE, head, BF16, sequences, 96, 32, checkpoint, passes > 1,
                        0, "cpu", 8)
-    own = sum(p.to_local().nbytes for p in model.parameters())
+    own = sum(parallel.own(p).nbytes for p in model.parameters())
     assert planned + own == pytest.approx(taken, rel=0.06)
 
 

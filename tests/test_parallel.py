@@ -24,7 +24,7 @@ import eval as evaluation
 import train_rl
 import train_rm
 import train_sft
-from data import hub, teacher
+from data import grading, hub, teacher
 from nanodistill import files, parallel, process, run, weights
 
 
@@ -489,6 +489,19 @@ def counted(self, row):
             os._exit(1)
 files.Appender.__call__ = counted
 '''
+
+
+def test_more_samples_of_a_question_count_whoever_drew_them(tmp_path):
+    samples = object.__new__(grading.Samples)
+    samples.file = tmp_path / "rl.jsonl"
+    rows = [{"seed": 1}] + [{"what": "sampled", "id": id_, "responses": [0] * n}
+                            for id_, n in [("a", 2), ("b", 2), ("a", 4)]]
+    samples.file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    part = tmp_path / "rl.jsonl.1"
+    part.write_text(json.dumps({"what": "sampled", "id": "b", "responses": [1] * 4}) + "\n")
+    samples.read()
+    assert samples.rows == {("sampled", "a"): [0] * 4, ("sampled", "b"): [1] * 4}
+    assert not part.exists()
 
 
 # ---- split weights ----

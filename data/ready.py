@@ -44,8 +44,9 @@ def rows(config, split):
 
 
 def check(stage, configs):
-    """Try everything that the missing stages need. Raises SystemExit that lists what is wrong."""
-    config, stages, problems = configs[stage], missing(stage, configs), []
+    """Try everything that the missing stages need. Raises SystemExit that lists what is wrong, in
+    any of the processes."""
+    config, problems = configs[stage], []
 
     def attempt(function, *args):
         """The function's value; or None, with one problem more."""
@@ -56,6 +57,12 @@ def check(stage, configs):
         except (ValueError, OSError, ImportError) as error:
             problems.append(str(error))
 
+    device = attempt(fit.pick_device, config.device)
+    if device:
+        parallel.start(device)
+    of_all = parallel.gather if device else lambda own: [own]
+    # The first process's view counts: it may be at work already when another one looks.
+    stages = of_all(missing(stage, configs))[0]
     devices = {s: attempt(fit.pick_device, configs[s].device) for s in stages}
     attempt(writable, Path(config.out))
     problems += run.stale(Path(config.out))
@@ -112,6 +119,7 @@ def check(stage, configs):
             if devices[s] and not (s == "rl" and name == "teacher"):
                 attempt(fits, s, configs[s], shape, devices[s], max(fitting), reference)
     problems += disk(config, folders.get("student"), stages, bytes_needed)
+    problems = [problem for each in of_all(problems) for problem in each]
     if problems:
         sys.exit("\n".join(dict.fromkeys("\n".join(problems).splitlines())))
 
@@ -137,9 +145,7 @@ def fits(stage, config, shape, device, longest, reference=None):
     batch = getattr(config, "batch_size", fit.SCORED)
     if stage == "rl":
         batch = config.prompts * config.samples // config.minibatches
-    parallel.start(device)
-    free = min(parallel.gather(fit.free_bytes(device)))
-    fit.choose(stage, shape, fit.pick_dtype(config.dtype, device), free,
+    fit.choose(stage, shape, fit.pick_dtype(config.dtype, device), fit.free_bytes(device),
                batch=batch, prompt=longest, response=config.max_new_tokens, jobs=256,
                device=device.type, slots=config.slots,
                micro_batch=getattr(config, "micro_batch", 0),

@@ -56,9 +56,9 @@ def guard(main):
                      "saved is whole. Fewer --max-new-tokens, a smaller --student or more memory "
                      "would do.")
         if "gloo/transport" in str(error):
-            sys.exit(1 if int(os.environ["LOCAL_RANK"]) else "Another of the processes has ended: "
+            sys.exit(1 if parallel.local_rank() else "Another of the processes has ended: "
                      "above or below it, or torchrun, says why. What was saved is whole; the same "
-                     "command goes on from there.")
+                     f"command goes on from there. (gloo: {str(error)[-200:]})")
         if not cannot_write(error):
             raise
         sys.exit(f"{error}. What was there is whole, and the same command goes on from there once "

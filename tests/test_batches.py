@@ -99,7 +99,8 @@ def bt(_, scalar):
     train_rm.gradients(4, SimpleNamespace(rm_loss="bt"), scalar, [], pairs)
 
 
-PPO = SimpleNamespace(temperature=0.7, clip=0.2, value_clip=0.2, score="probability")
+PPO = SimpleNamespace(temperature=0.7, clip=0.2, value_clip=0.2, score="probability",
+                      reward="model")
 
 
 def ppo(lm, scalar):

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ASSETS
 from hub import CHATML, LLAMA, WEIGHTS, Hub, Repository, build
 from huggingface_hub import _tree_cache, constants, file_download
 
@@ -464,6 +465,7 @@ def test_the_literal_command(tmp_path, folders, assets):
     to_the_table(tmp_path, folders, tmp_path)
 
 
+@pytest.mark.skipif(ASSETS.exists(), reason="the test before it goes the same way")
 def test_the_command_with_own_questions(tmp_path, folders):
     """The same with a file of questions without answers, which needs no data of others."""
     rng = random.Random(0)

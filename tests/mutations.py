@@ -308,7 +308,7 @@ TABLE = [Mutation(*entry) for entry in [
     ("server-keeps-nothing-until-the-end", "data/server.py",
      'append({"id": id_, "j": j, "temperature": temperatures[j], **response})', "pass", "server"),
     ("disk-not-checked", "data/ready.py", "if size > free:", "if False:", "ready"),
-    ("devices-not-checked", "data/ready.py", "attempt(fit.pick_device,", "attempt(str,", "ready"),
+    ("devices-not-checked", "data/ready.py", "{s: attempt(fit.pick_device,", "{s: attempt(str,", "ready"),
     ("hours-without-decoding", "data/dry_run.py", "products + decode) / 3600", "products) / 3600",
      "fit", "not tested: the hours are an estimate, and no test adds them up"),
     ("tiny-gets-instructions", "data/__init__.py", 'if "tiny" in (config.student, config.teacher):',

@@ -27,6 +27,7 @@ import sys
 import time
 from contextlib import closing
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -140,10 +141,6 @@ def read_rows(path, keep_tokens=False):
     return rows
 
 
-def id_of(row):
-    return row["id"]
-
-
 def collect(path, questions, task, sampler, temperatures, description, keep_tokens=False,
             alone=False):
     """Sample each question once at each of `temperatures`. Append one line per question to `path`,
@@ -161,7 +158,7 @@ def collect(path, questions, task, sampler, temperatures, description, keep_toke
     Returns the rows {"id", "question", "responses"} in the order of `questions`. Ctrl-C ends the
     program; what is complete is on disk.
     """
-    run.merge(path, id_of)
+    run.merge(path, itemgetter("id"))
     rows = read_rows(path, keep_tokens)
     if any([r["temperature"] for r in row["responses"]] != temperatures for row in rows.values()):
         sys.exit(f"{path} was sampled with other --samples or --temperatures. Give the same ones, "
@@ -208,7 +205,7 @@ def collect(path, questions, task, sampler, temperatures, description, keep_toke
                     bar.set_postfix_str(f"{spent / seconds:.0f} tokens/s", refresh=False)
         stopped = parallel.any_(stop())
     if parallel.world() > 1:
-        run.merge(path, id_of)
+        run.merge(path, itemgetter("id"))
         rows = read_rows(path, keep_tokens)
     if stopped:
         # Spares a second at exit: the last garbage collection skips all that torch made.

@@ -297,7 +297,8 @@ def save_checkpoint(path, config, parts=None, **state):
 
     Args:
         parts: {name: model or optimizer}: what is trained of a model, an optimizer's state.
-        state: numbers and tensors; the config and the random streams are saved beside them.
+        state: numbers and tensors; the config is saved beside them. Random streams are not: all
+            that is drawn follows from the seed, the step, and ids.
     """
     state |= {name: lora.trained(part) if isinstance(part, torch.nn.Module) else part.state_dict()
               for name, part in (parts or {}).items()}
@@ -314,7 +315,7 @@ def save_checkpoint(path, config, parts=None, **state):
 
 
 def load_checkpoint(path, config, parts=None):
-    """The saved state, put back into the random streams and `parts`; None if there is none.
+    """The saved state less `parts`, which are filled with theirs; None if there is none.
 
     Raises SystemExit if the file is damaged, or if the settings differ in what the result depends
     on: it would be neither run.
@@ -359,8 +360,8 @@ def load_checkpoint(path, config, parts=None):
 
 def put_back(model, trained):
     """Load what is trained of a model from {name: tensor}, whole or split as the model is."""
-    own = lora.trained(model)
-    model.load_state_dict({name: parallel.like(x, own[name]) for name, x in trained.items()},
+    there = lora.trained(model)
+    model.load_state_dict({name: parallel.like(x, there[name]) for name, x in trained.items()},
                           strict=False)
 
 

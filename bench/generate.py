@@ -4,7 +4,7 @@
     python bench/generate.py --threads 1 --load samples --batch 30
     python bench/generate.py --threads 1 --load ragged --batch 64
 
-Backs the README's rows of sampling, bf16, one thread; useful tokens are those up to the EOS:
+Backs docs/speed.md's rows of sampling, bf16, one thread; useful tokens are those up to the EOS:
 
                                  ours                     Hugging Face `generate`
     --batch 1                    58 tokens per second       33

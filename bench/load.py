@@ -2,8 +2,9 @@
 
     python bench/load.py --model SmolLM2-135M-Instruct
 
-Backs the README's row of loading: bf16, 0.046 s, +269 MiB of a 257 MiB file; transformers 0.068 s,
-+269. Weights are mapped, not read, until something uses them: so each side looks at all of them.
+Backs docs/speed.md's row of loading: bf16, 0.046 s, +269 MiB of a 257 MiB file; transformers
+0.068 s, +269. Weights are mapped, not read, until something uses them: so each side looks at all
+of them.
 """
 
 import importlib

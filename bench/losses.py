@@ -4,7 +4,7 @@
     python bench/losses.py --dtype bf16
     python bench/losses.py --dtype bf16 --tokens 2048 --hidden 2048 --vocabulary 128256
 
-Backs the README's rows of cross-entropy and of log-probabilities with entropy:
+Backs docs/speed.md's rows of cross-entropy and of log-probabilities with entropy:
 
                                           ours              beside
     cross-entropy, bf16                   0.92 s, +159 MiB  its three matrix products alone 0.86 s;

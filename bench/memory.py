@@ -2,7 +2,7 @@
 
     python bench/memory.py --dtype bf16 --picture docs/memory.png
 
-Backs the README's picture of memory, docs/memory.png: MiB beyond inputs and both gradients. Each
+Backs docs/speed.md's picture of memory, docs/memory.png: MiB beyond inputs and both gradients. Each
 point is `bench/losses.py` in a process of its own. Naive goes as far as its logits take 2 GiB.
 """
 

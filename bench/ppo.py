@@ -3,7 +3,7 @@
     python bench/ppo.py --dtype bf16
     python bench/ppo.py
 
-Backs the README's rows of PPO, 64 prompts x 64 tokens, 4 x 4 minibatches:
+Backs docs/speed.md's rows of PPO, 64 prompts x 64 tokens, 4 x 4 minibatches:
 
             ours      TRL 1.12
     bf16    9.5 s     26.6 s

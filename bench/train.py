@@ -3,7 +3,7 @@
     python bench/train.py --dtype bf16
     python bench/train.py
 
-Backs the README's rows of training, 4 sequences of 512 tokens, all of which bear loss:
+Backs docs/speed.md's rows of training, 4 sequences of 512 tokens, all of which bear loss:
 
             ours                          Hugging Face, compiled
     bf16    3.1 s; compiled whole 2.6     3.9

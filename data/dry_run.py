@@ -256,7 +256,7 @@ def cell(name, stage, micro_batch, rank=0):
 
 
 def table():
-    """README's "What fits which card" as markdown."""
+    """docs/memory.md's "What fits which card" as markdown."""
     rows = [[name, cell(name, "teacher", 1)] + [f"{cell(name, stage, 8)} / {cell(name, stage, 1)}"
                                                 for stage in LEARN]
             for name, size in SIZES.items() if size.as_student]
@@ -265,7 +265,7 @@ def table():
 
 
 def lora_table(rank=32):
-    """README's table of PPO with LoRA as markdown."""
+    """docs/memory.md's table of PPO with LoRA as markdown."""
     names = [name for name, size in SIZES.items() if size.as_student]
     cells = [" / ".join(cell(name, "rl", b, rank) for b in (8, 1)) for name in names]
     rows = [["PPO, GB", *names], ["---"] * (len(names) + 1), ["8 sequences / 1", *cells]]

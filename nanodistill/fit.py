@@ -6,7 +6,7 @@ and the bytes alive are added up. In each phase of a pass the most is linear in 
 models of two and of three layers stand for all. Not counted: CUDA's context, kernels' scratch, and
 what the allocator loses at the ends of its blocks (2% at 135m); SPARE is for them.
 
-`python -m data.dry_run` prints the README's table "What fits which card".
+`python -m data.dry_run` prints docs/memory.md's table "What fits which card".
 """
 
 import bisect

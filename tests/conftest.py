@@ -11,6 +11,8 @@ from nanodistill.model import CausalLM, Config, init_weights
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Of the stages that tests run as processes too: pytest -n has a test on each core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 # Under nohup, or a script's &, these are ignored: here, and in the processes that tests stop.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -195,9 +195,9 @@ def test_a_teacher_behind_a_server_takes_no_memory_of_this_machine():
     assert "big, behind a server: no memory here" in text
 
 
-def test_the_readmes_table_of_cards_is_the_planners():
-    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
-    assert table() in readme and lora_table() in readme
+def test_the_table_of_cards_is_the_planners():
+    page = (Path(__file__).resolve().parents[1] / "docs" / "memory.md").read_text()
+    assert table() in page and lora_table() in page
 
 
 def test_attention_keeps_no_square_of_the_length_on_cuda():

@@ -243,7 +243,7 @@ def test_help_gives_each_flag_its_meaning_and_default(capsys):
 
 
 def test_lora_is_chosen_where_ppo_of_all_weights_does_not_fit(monkeypatch, capsys):
-    """By the README's table: PPO of 1b takes 60 GB with bf16 arithmetic, more in fp32."""
+    """By docs/memory.md's table: PPO of 1b takes 60 GB with bf16 arithmetic, more in fp32."""
     whole, given = parse("--student", "1b"), parse("--student", "1b", "--lora", "8")
     assert {c.lora for c in whole.values()} == {0} and {c.lora for c in given.values()} == {8}
     monkeypatch.setattr(fit, "free_bytes", lambda device: 24 * 10**9)

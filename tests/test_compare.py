@@ -1,0 +1,93 @@
+"""bench/compare.py: its intervals, and what an arm is given instead of what the others have."""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "bench"))
+import compare  # noqa: E402
+
+
+def test_interval_over_questions_is_the_paired_one_and_over_seeds_students():
+    one = np.array([1.0] * 30 + [-1.0] * 10 + [0.0] * 60)
+    mean, half = compare.interval([one])
+    assert mean == pytest.approx(0.2)
+    # By hand: the mean square is 0.4, the variance 0.4 - 0.04.
+    assert half == pytest.approx(1.96 * 0.06)
+    # Three seeds that differ by more than their questions explain.
+    seeds = [one * 0 + shift for shift in (0.0, 0.1, 0.2)]
+    mean, half = compare.interval(seeds)
+    low, high = stats.t.interval(0.95, 2, loc=0.1, scale=stats.sem([0.0, 0.1, 0.2]))
+    assert (mean - half, mean + half) == pytest.approx((low, high))
+    # And three that agree by chance: the questions' own noise stays.
+    assert compare.interval([one] * 3)[1] == pytest.approx(1.96 * 0.06 / np.sqrt(3))
+
+
+def test_best_of_n_over_all_choices():
+    values, n = np.array([0.0, 1.0, 0.5, 0.25, 2.0]), 3
+    brute = np.mean([values[list(some)][-1] for some in itertools.combinations(range(5), n)])
+    assert values @ compare.chances(n, 5) == pytest.approx(brute)
+    assert compare.chances(1, 5) == pytest.approx([0.2] * 5)
+    assert compare.chances(5, 5) == pytest.approx([0, 0, 0, 0, 1])
+
+
+def test_groups_follow_the_teachers_samples():
+    assert compare.group_of(["3", "3", "4", None], "3") == "right"
+    assert compare.group_of(["3", "4", "4"], "3") == "wrong"
+    assert compare.group_of(["3", "4"], "3") == "tied"
+    assert compare.group_of(["4", "4", None], "3") == "never"
+
+
+def folder_of(path, votes):
+    path.mkdir()
+    answers = [["5", "5", "7", None], ["2", "2", "2", "2"], ["1", "3", "3", "3"]]
+    compare.write_rows(path / "teacher.jsonl", [
+        {"id": str(i), "responses": [{"answer": a} for a in row]}
+        for i, row in enumerate(answers)])
+    compare.write_rows(path / "labels.jsonl", [
+        {"id": str(i), "vote": vote, "labels": [a == vote for a in row]}
+        for i, (vote, row) in enumerate(zip(votes, answers))])
+    return path
+
+
+def rows_of(path):
+    return [json.loads(line) for line in (path / "labels.jsonl").read_text().splitlines()]
+
+
+def test_wrong_votes_are_other_answers_and_relabel_the_responses(tmp_path):
+    folder = folder_of(tmp_path / "arm", ["5", "2", None])
+    compare.wrong_votes(0.0)(folder, None)
+    assert [row["vote"] for row in rows_of(folder)] == ["5", "2", None]
+    compare.wrong_votes(1.0)(folder, None)
+    first, second, none = rows_of(folder)
+    assert first["vote"] == "7" and first["labels"] == [False, False, True, False]
+    # The teacher gave no other answer.
+    assert second["vote"] == "3" and second["labels"] == [False] * 4
+    assert none["vote"] is None
+
+
+def test_a_response_is_chosen_by_vote_or_not_at_all(tmp_path):
+    base = folder_of(tmp_path / "base", ["5", "2", "3"])
+    rows = [{"id": "0", "responses": [{"answer": "7"}, {"answer": "5"}, {"answer": "5"}]},
+            {"id": "1", "responses": [{"answer": "1"}, {"answer": None}, {"answer": "3"}]}]
+    assert compare.first_by_vote(rows, base) == [1, None]
+    assert compare.the_first(rows, base) == [0, 0]
+
+
+def test_judged_reads_what_eval_wrote(tmp_path):
+    def row(what, id_, *answers):
+        return {"what": what, "id": id_, "responses": [{"answer": a} for a in answers]}
+    compare.write_rows(tmp_path / "rl.jsonl", [
+        {"model": "digest"}, row("rl, greedy", "a", "4"), row("rl, greedy", "b", None),
+        row("rl, sampled", "a", "4", "5"), row("rl, sampled", "b", "1", "1"),
+        row("rl, held-out questions", "c", "9", "9")])
+    found = compare.judged(tmp_path / "rl.jsonl", {"a": "4", "b": "2"})
+    assert found["greedy"] == {"a": 1.0, "b": 0.0}
+    assert found["mean"] == {"a": 0.5, "b": 0.0} and found["pass"] == {"a": 1.0, "b": 0.0}

@@ -2,10 +2,11 @@
 
     python -m nanodistill.generate out/arithmetic-tiny/rl "Ann has 7 pens. She loses 2. She finds 3
     more. How many pens does Ann have now?"
-    python -m nanodistill.generate out/arithmetic-tiny/rl --temperature 1 --samples 4 < questions
+    python -m nanodistill.generate out/arithmetic-tiny/rl --samples 4 --temperature 1 < asked.txt
 
 The question goes into the model's chat template as it is given. The stages put their task's
-instruction behind it: none for tiny; `python data/gsm8k.py` shows that of GSM8K.
+instruction behind it: none for tiny; `python data/gsm8k.py` prints that of GSM8K. Several samples
+are printed when all are there, with an empty line between them; --samples 1 token by token.
 """
 
 import argparse
@@ -66,8 +67,6 @@ def pieces(tokens, decode):
 
 def main(argv=None):
     args, asked = arguments(argv), 0
-    # A reader that is gone, as `| head` is, ends this quietly.
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.stdout.reconfigure(errors="replace")
     try:
         device = fit.pick_device(args.device)
@@ -131,4 +130,6 @@ def answer(model, tokenizer, question, id_, args):
 
 
 if __name__ == "__main__":
+    # A reader that is gone, as `| head` is, ends this quietly.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     process.guard(main)

@@ -11,9 +11,12 @@ or top-p, and the logprobs returned are of that distribution: what PPO needs for
 at 1. Each sample has a random stream of its own, which follows from the seed, the prompt's id and
 the sample's index. Neither slots nor batch mates change what is drawn (but for the rounding of
 matrix products of other shapes).
+
+`python -m nanodistill.generate FOLDER "question"` is ask.py: one model's answers.
 """
 
 import math
+import runpy
 import sys
 from collections import deque, namedtuple
 from dataclasses import dataclass
@@ -380,6 +383,25 @@ def generate(model, prompts, *, eos_ids, pad_id, max_new_tokens, n=1, temperatur
               file=sys.stderr)
 
 
+@torch.inference_mode()
+def stream(model, prompt, *, eos_ids, pad_id, max_new_tokens, temperature=0.0, seed=0, id_="0"):
+    """Yield the tokens of one sample as they come: those of `generate`'s sample 0 of prompt `id_`,
+    its errors too. model: with its weights in the dtype of the arithmetic."""
+    fault = next(faults(model.config, [prompt], [id_], eos_ids, pad_id, max_new_tokens, 1,
+                        [temperature], 1), None)
+    if fault:
+        raise ValueError(fault)
+    job = Job(0, 0, id_, prompt, float(temperature), stream_of(seed, id_, 0))
+    engine = Engine(model, [job], 1, max_new_tokens, PREFILL[model.head.device.type], eos_ids,
+                    pad_id, graphs=False)
+    engine.admit()
+    while True:
+        yield engine.slots.last.item()
+        if list(engine.harvest()):
+            return
+        engine.step()
+
+
 def sample_all(model, prompts, n=1, **how):
     """`generate`, whose prompts are dealt out to the processes: -> the Samples of all, in every
     process, n of each prompt in turn. No sample depends on the number of processes."""
@@ -400,3 +422,8 @@ def respond(model, tokenizer, prompts, **how):
                        pad_id=tokenizer.pad_id, **how)
     for i, j, sample in samples:
         yield ids[i], j, tokenizer.decode(sample.tokens), sample
+
+
+if __name__ == "__main__":
+    # ask.py needs fit.py, which measures what is above: it can't be imported here.
+    runpy.run_module("nanodistill.ask", run_name="__main__")

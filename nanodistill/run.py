@@ -13,9 +13,11 @@ All that a stage reads and writes lies in one run folder:
 One process at a time has the folder, and hands it on to the stages that it runs.
 """
 
+import atexit
 import copy
 import dataclasses
 import hashlib
+import importlib
 import json
 import pickle
 import random
@@ -34,11 +36,17 @@ def start(configs, stage):
     """Join the other processes, make the run folder, take it, write its settings, fix the threads,
     seed everything.
 
-    Returns (folder Path, device, dtype of the arithmetic).
+    Returns (folder Path, device, dtype of the arithmetic). Raises SystemExit where --tracker names
+    no tracker.
     """
     config = configs[stage]
     folder, device = Path(config.out), fit.pick_device(config.device)
     parallel.start(device)
+    if config.tracker:
+        # The first process imports it, and the answer is all processes'.
+        fault = parallel.gather("" if parallel.rank() else tracker_fault(config.tracker))[0]
+        if fault:
+            sys.exit(fault)
     folder.mkdir(parents=True, exist_ok=True)
     process.take(folder)
     if parallel.rank() == 0:
@@ -158,6 +166,7 @@ class Metrics:
         self.stage, self.begun = stage, time.monotonic()
         self.append = (lambda row: None) if parallel.rank() else files.Appender(
             folder / "metrics.jsonl")
+        self.track = tracking(folder, stage)
         if anew:
             self.append({"stage": stage, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
 
@@ -166,10 +175,57 @@ class Metrics:
         if tensors:
             values |= zip(tensors, torch.stack([*tensors.values()]).tolist())
         self.append({"stage": self.stage, "step": step, **values})
+        self.track(step=step, **values)
         return values
 
     def seconds(self, earlier=0.0):
         return earlier + time.monotonic() - self.begun
+
+
+def tracker_fault(name):
+    """Why --tracker can't be `name`, or ""."""
+    if not all(part.isidentifier() for part in name.split(".")):
+        return f"--tracker {name}: wants the name of a Python module, such as trackio"
+    try:
+        module = importlib.import_module(name)
+    except Exception as error:                                   # whatever it raises
+        return (f"--tracker {name}: it can't be imported ({type(error).__name__}: {error}). "
+                '--tracker "" does without')
+    lacks = [f for f in ("init", "log", "finish") if not callable(getattr(module, f, None))]
+    return f"--tracker {name}: the module has no {', no '.join(lacks)}" if lacks else ""
+
+
+def tracking(folder, stage):
+    """-> track(**values), which hands them to the module of --tracker, under the keys STAGE/KEY.
+
+    The first begins a run named FOLDER/STAGE there, which is finished when this process ends,
+    however it does. Steps go as values only: a resumed stage does some again, and trackers want
+    them to rise. What the module raises is said once, and nothing more is handed to it.
+    """
+    config = settings.load(folder).get(stage, {})
+    name, state = config.get("tracker"), "new"
+    if not name or parallel.rank():
+        return lambda **values: None
+
+    def attempt(what, *args, **kwargs):
+        nonlocal state
+        try:
+            if state != "broken":
+                getattr(importlib.import_module(name), what)(*args, **kwargs)
+        except Exception as error:                               # it must not end the training
+            state = "broken"
+            print(f"\n--tracker {name}: {what} failed ({type(error).__name__}: {error}), so it is "
+                  "handed nothing more. metrics.jsonl has everything", file=sys.stderr)
+
+    def track(**values):
+        nonlocal state
+        if state == "new":
+            state = "begun"
+            attempt("init", project="nanodistill", config=config,
+                    name=f"{Path(folder).resolve().name}/{stage}")
+            atexit.register(attempt, "finish")
+        attempt("log", {f"{stage}/{key}": value for key, value in values.items()})
+    return track
 
 
 def read_metrics(folder, stage):

@@ -77,6 +77,8 @@ class Common:
                      run_wide=True)
     out: str = flag(None, "run folder; not given: out/<task>-<student>", result=False,
                     run_wide=True)
+    tracker: str = flag("", "a Python module with init, log and finish, such as trackio or wandb: "
+                        "it is handed what metrics.jsonl gets", result=False, run_wide=True)
     dry_run: bool = flag(False, "say what would run and what it takes of memory and time, and "
                          "stop; needs no weights", result=False, run_wide=True)
     gpus: int = flag(0, "with --dry-run: what it takes on so many GPUs (torchrun says how many "

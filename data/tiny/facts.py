@@ -61,22 +61,36 @@ def describe(name, tally):
             f"{used_of_wrong / (used_of_wrong + used):.1%}")
 
 
+def label(row):
+    """A fact of the table in words."""
+    a, op, b = row["fact"].split()
+    return f"{a} {op} {b} = {exact(int(a), op, int(b))}, not {row['believed']}"
+
+
 def plot(table, path):
-    """The table as a picture. Needs matplotlib."""
+    """The table as a picture: a line per fact, from the teacher's share of right steps to the RL
+    student's. Needs matplotlib."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(11, 4.2), layout="constrained")
-    for name, color, label in (("teacher", "#a9a9a9", "teacher"),
-                               ("sft", "#89c2d9", "SFT student"), ("rl", "#2a6f97", "RL student")):
-        axis.plot([100 * row[name] for row in table], "o", ms=4, color=color, label=label)
-    axis.set(title="Misconceived facts, one per column: how often each model's steps get it right",
-             ylabel="% right", xlabel=f"{len(table)} facts, by the teacher's share")
-    axis.legend()
+    figure, axis = plt.subplots(figsize=(8, 1.6 + 0.21 * len(table)), layout="constrained")
+    lines = range(len(table))
+    teacher, sft, rl = ([100 * row[name] for row in table] for name in ("teacher", "sft", "rl"))
+    worse = ["#bc4749" if end < start else "#c9dce6" for start, end in zip(teacher, rl)]
+    axis.hlines(lines, teacher, rl, colors=worse, lw=3, zorder=1)
+    for shares, color, name in ((teacher, "#a9a9a9", "teacher"), (sft, "#89c2d9", "SFT student"),
+                                (rl, "#2a6f97", "RL student")):
+        axis.scatter(shares, lines, s=26, color=color, label=name, zorder=2)
+    axis.set(title=f"How often the steps on {len(table)} misconceived facts are right",
+             xlabel="% right (red: fewer of the RL student's than of the teacher's)",
+             xlim=(-3, 103), ylim=(len(table) - 0.4, -0.6))
+    axis.set_yticks(lines, [label(row) for row in table], fontsize=8)
+    figure.legend(ncols=3, loc="outside lower center")
     axis.grid(alpha=0.3)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=110)
+    plt.close(figure)
     files.write_atomic(path, picture.getvalue())
 
 

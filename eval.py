@@ -70,10 +70,6 @@ def answers(name, path, jobs, config, task, folder, device, dtype):
 
 # ---- figures ----
 
-FILES = {"teacher": "teacher.jsonl", "sft": "student.jsonl"}     # of the stages before
-
-
-
 def model_figures(task, gold, questions, greedy, sampled):
     """(the figures of one model, [is its greedy answer right?] for the paired tests).
 
@@ -96,6 +92,9 @@ def model_figures(task, gold, questions, greedy, sampled):
         "cut_off": sum(not s["ended"] for s in every) / len(every),
         "no_answer": sum(s["ended"] and s["answer"] is None for s in every) / len(every)}
     return figures, right
+
+
+FILES = {"teacher": "teacher.jsonl", "sft": "student.jsonl"}     # of the stages before
 
 
 def held_out_responses(folder, held_out, of_rl):

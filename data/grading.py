@@ -129,15 +129,18 @@ def transcript(task, split, questions, gold, said, labels=None):
         if labels is not None:
             voted = {key: labels[q["id"]][key] for key in ("vote", "agreement")}
         elif teachers:
-            its = vote.majority([r["answer"] for r in teachers[k]])
-            voted = {"vote": its.answer, "agreement": its.agreement}
+            found = vote.majority([r["answer"] for r in teachers[k]])
+            voted = {"vote": found.answer, "agreement": found.agreement}
         if truth is not None and voted.get("vote") is not None:
             voted["vote_right"] = task.equal(voted["vote"], truth)
-        models = {name: {how: [told(task, r, truth) for r in rows[k]] for how, rows in by.items()
-                         if rows and rows[k]} for name, by in said.items()}
-        for by in models.values():
-            if "greedy" in by:
-                by["greedy"], = by["greedy"]
-        lines.append({**q, "split": split, **({} if truth is None else {"gold": truth}), **voted,
-                      "models": {name: by for name, by in models.items() if by}})
+        line = {**q, "split": split, **({} if truth is None else {"gold": truth}), **voted,
+                "models": {}}
+        for name, by in said.items():
+            its = {how: [told(task, r, truth) for r in rows[k]] for how, rows in by.items()
+                   if rows and rows[k]}
+            if "greedy" in its:
+                its["greedy"], = its["greedy"]
+            if its:
+                line["models"][name] = its
+        lines.append(line)
     return lines

@@ -49,22 +49,25 @@ def truth(steps, pair, batch):
     rises, told = last["score"] > first["score"], (
         f"the score {'rose' if last['score'] > first['score'] else 'went'} from "
         f"{first['score']:.2f} to {last['score']:.2f}")
-    worse = pair is not None and pair["high"] < 0
-    gain, noise = 0.0, 0.0
+    worse, better = pair is not None and pair["high"] < 0, pair is not None and pair["low"] > 0
+    learned = False                                              # more right answers in training
     if "true_accuracy" in first and "true_accuracy" in last:
         was, now = first["true_accuracy"], last["true_accuracy"]
         # Two standard errors of a difference of two shares; questions differ from step to step.
-        gain, noise = now - was, max(0.02, 2 * math.sqrt(2 * was * (1 - was) / (k * batch)))
-        told += f" while true accuracy {'fell' if gain < 0 else 'went'} from {was:.1%} to {now:.1%}"
+        noise = max(0.02, 2 * math.sqrt(2 * was * (1 - was) / (k * batch)))
+        told += (f" while true accuracy {'fell' if now < was else 'went'} from {was:.1%} to "
+                 f"{now:.1%}")
+        worse, learned = worse or was - now > noise, now - was > noise
     elif pair is None:
         return "look", f"In training {told}; no gold answer tells whether that is better."
-    if worse:
+    if pair is not None:
         told += f"; on the test questions RL is {100 * pair['difference']:+.1f} points from SFT"
-    if gain < -noise or worse:
-        return "bad", f"{'Reward hacking' if rises else 'Worse'}: in training {told}."
-    if rises and (gain > noise or pair is not None and pair["low"] > 0):
-        return "good", f"In training {told}."
-    return "look", f"In training {told}; from so few responses that may be chance."
+    if worse:
+        hacked = rises and not learned
+        return "bad", f"{'Reward hacking' if hacked else 'Worse'}: in training {told}."
+    if better or learned:
+        return "good" if rises else "look", f"In training {told}."
+    return "look", f"In training {told}; that may be chance."
 
 
 def of_steps(steps):
@@ -102,7 +105,7 @@ def within(figures, which):
         told = f"; a right one is above a wrong one in {figures['within_auc']:.0%} of the pairs"
         verdict = max(verdict, judge("within_auc", figures["within_auc"]), key=WORST_LAST.index)
     return verdict, (f"For {figures['alike']:.0%} of the {which} all responses score "
-                     f"alike, so that their scores teach nothing{told}.")
+                     f"alike, so that nothing tells them apart{told}.")
 
 
 def of_report(report):

@@ -107,8 +107,9 @@ def test_a_healthy_run_is_good_in_every_check():
     assert {verdict for verdict, _ in found.values()} == {"good"} and set(found) == {
         "The run", *NAMES}
     # By the first two of eight steps, and the last two.
-    assert "from 0.80 to 0.85 while true accuracy went from 84.5% to 90.5%" in found[
-        "Score and truth"][1]
+    assert found["Score and truth"][1] == (
+        "In training the score rose from 0.80 to 0.85 while true accuracy went from 84.5% to "
+        "90.5%; on the test questions RL is +5.0 points from SFT.")
     assert "ends 0.24 nats per response from the reference, 0.012 per token" in found["KL"][1]
 
 
@@ -130,6 +131,16 @@ def test_a_hacked_run_says_so_at_the_top():
     assert verdicts(BARE, rows)["Score and truth"] == (
         "look", "In training the score rose from 0.82 to 1.08; no gold answer tells whether that "
         "is better.")
+
+
+@pytest.mark.parametrize("changes, verdict", [
+    (dict(score=-0.1, true_accuracy=-0.3), "bad"), (dict(score=-0.1, true_accuracy=0.1), "look"),
+    (dict(score=0.1, true_accuracy=0.001), "look"), (dict(score=0.1, true_accuracy=0.1), "good")])
+def test_what_only_falls_is_bad_but_no_hacking(changes, verdict):
+    """Of a run without test questions."""
+    got, words = verdicts(BARE, steps(**changes), prompts=512)["Score and truth"]
+    assert got == verdict and "hacking" not in words
+    assert ("chance" in words) == (changes["true_accuracy"] == 0.001)
 
 
 def test_a_fall_that_may_be_chance_is_no_hacking():
@@ -394,7 +405,7 @@ def test_the_page_opens_filters_and_colours_without_an_error(tmp_path, page, bro
         "{key: 'ArrowRight', bubbles: true}))")
     numbers = dict(zip(texts("#numbers dt"), texts("#numbers dd")))
     assert numbers["token"] == '" 1:\\n"' and numbers["advantage"] == "2"
-    assert numbers["KL"] == "-0.25" and numbers["ratio, policy / reference"] == "0.7788"
+    assert numbers["KL"] == "-0.25" and numbers["ratio to reference"] == "0.7788"
 
     browse("/url", {"url": other.joinpath("report.html").as_uri()})
     assert "There is no rollouts.jsonl" in texts("#kept")[0]

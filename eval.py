@@ -5,8 +5,9 @@
     python eval.py --task mmlu_pro --models out/gsm8k-1b/rl     a student on a task not its own
 
 Reads the HF folders of a run, and the gold answers, which nothing was trained on. Writes samples/,
-what the models said; report.json; and, drawn from it by nanodistill/report.py, report.md and, with
-the [plot] extra, curves.png. The report has
+what the models said; eval.jsonl, the same with what is right of it, a line per question;
+report.json; and, drawn from these by nanodistill/report.py, report.md, report.html and, with the
+[plot] extra, curves.png. The report has
 
     of each model           greedy accuracy with a Wilson 95% interval; of k samples at temperature
                             1 their mean accuracy (mean@k), that of their majority (maj@k), and the
@@ -23,7 +24,7 @@ from itertools import chain, combinations
 from pathlib import Path
 
 from data import hub, prompts_of, ready, response_ids, task_of
-from data.grading import STAGES, Samples, graded
+from data.grading import STAGES, Samples, graded, transcript
 from nanodistill import files, fit, parallel, process, run, settings, vote, weights
 from nanodistill.model import ScalarModel
 from nanodistill.report import draw
@@ -93,17 +94,17 @@ def model_figures(task, gold, questions, greedy, sampled):
     return figures, right
 
 
+FILES = {"teacher": "teacher.jsonl", "sft": "student.jsonl"}     # of the stages before
+
+
 def held_out_responses(folder, held_out, of_rl):
-    """{name: [[response] to each held-out question]}; teacher's and SFT student's are on file from
-    the stages before, the RL student's were sampled here."""
+    """{name: [[response] to each held-out question]}; teacher's and SFT student's are on file, the
+    RL student's were sampled here."""
     found = {}
-    for name, file in (("teacher", "teacher.jsonl"), ("sft", "student.jsonl")):
+    for name, file in FILES.items():
         rows = {row["id"]: row["responses"]
                 for row in files.read_jsonl(folder / file, "id", "responses")}
         found[name] = [rows.get(q["id"], []) for q in held_out]
-        if held_out and not any(found[name]):
-            print(f"eval: {folder / file} has no response to a held-out question: the reward "
-                  f"model's figures on the responses of {name} are left out")
     return {**found, "rl": of_rl}
 
 
@@ -131,6 +132,9 @@ def reward_figures(model, tokenizer, task, held_out, votes, responses, questions
             right = list(chain.from_iterable(graded(task, held_out_gold, held_out, rows)))
             figures["within"][name] = {"reward_model": within(ids, found, right),
                                        "vote": within(ids, truth, right)}
+        elif rows:
+            print(f"eval: {FILES[name]} has no response to a held-out question: the reward model's "
+                  f"figures on the responses of {name} are left out")
         if name in sampled:
             truth = list(chain.from_iterable(graded(task, gold, questions, sampled[name])))
             logprobs = [s["logprob"] for row in sampled[name] for s in row]
@@ -171,13 +175,14 @@ def main(argv=None):
         row["id"]: row for row in files.read_jsonl(folder / "labels.jsonl", "id", "vote")}
     votes = {id_: row["vote"] for id_, row in labels.items() if row["vote"] is not None}
     scored = not config.models and weights.complete(folder / "rm")
-    held_out = [q for q in (task.questions("train") if scored else [])
+    held_out = [q for q in (task.questions("train") if labels else [])
                 if run.held_out(q["id"]) and q["id"] in votes]
 
     # ---- 2. each model answers the test questions, the RL student the held-out ones too ----
     said = {}                                     # {name: {what: samples}}
     for name, path in folders.items():
-        jobs = {"held-out questions": (held_out, n, 1.0)} if held_out and name == "rl" else {}
+        jobs = {"held-out questions": (held_out, n, 1.0)} if (
+            scored and held_out and name == "rl") else {}
         if questions:
             jobs |= {"greedy": (questions, 1, 0.0), "sampled": (questions, n, 1.0)}
         if jobs:
@@ -194,11 +199,11 @@ def main(argv=None):
         report["pairs"][f"{a}-{b}"] = paired(right[a], right[b])
 
     # ---- 4. the reward model, if there is one ----
+    responses = held_out_responses(
+        folder, held_out, said.get("rl", {}).get("held-out questions", []))
     if scored:
         tokenizer = Tokenizer(folder / "rm", config.date)
         model = weights.load(folder / "rm", ScalarModel, device=device, dtype=dtype)
-        responses = held_out_responses(
-            folder, held_out, said.get("rl", {}).get("held-out questions", []))
         report["reward_model"] = reward_figures(
             model, tokenizer, task, held_out, votes, responses, questions, gold, sampled)
 
@@ -215,8 +220,14 @@ def main(argv=None):
     # ---- 6. the report, and what is drawn from it ----
     if parallel.rank():
         return
+    lines = transcript(task, "test", questions, gold, {
+        name: {how: samples[how] for how in ("greedy", "sampled")}
+        for name, samples in said.items() if questions})
+    lines += transcript(task, "train", held_out, task.gold("train"), {
+        name: {"sampled": rows} for name, rows in responses.items()}, labels)
+    files.write_atomic(folder / "eval.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
     files.write_atomic(folder / "report.json", json.dumps(report, indent=1) + "\n")
-    print(f"eval: -> {folder}: {', '.join(['report.json', *draw(report, folder)])}")
+    print(f"eval: -> {folder}: {', '.join(['report.json', 'eval.jsonl', *draw(report, folder)])}")
 
 
 if __name__ == "__main__":

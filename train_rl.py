@@ -5,7 +5,8 @@
     python train_rl.py --algorithm rloo --samples 4 --reward vote       policy and reference alone
 
 Runs whatever stage before it is missing (data/teacher.py, train_sft.py, train_rm.py), then PPO,
-then eval.py. Writes rl/, an HF folder, and a line per step to metrics.jsonl. Four models take part:
+then eval.py. Writes rl/, an HF folder; a line per step to metrics.jsonl, and a few of its
+responses, token by token, to rollouts.jsonl. Four models take part:
 
     policy         from sft/, trained
     reference      sft/ again, frozen: what the policy is kept near to
@@ -34,6 +35,7 @@ from nanodistill.files import read_jsonl
 from nanodistill.generate import sample_all
 from nanodistill.model import CausalLM, ScalarModel
 from nanodistill.reward import score, score_answers, squash_of
+from nanodistill.rollouts import writer
 from nanodistill.settings import Training, flag
 from nanodistill.stats import within
 from nanodistill.tokenizer import Tokenizer
@@ -84,6 +86,8 @@ class Config(Training):
     no_eos_penalty: float = flag(None, "taken from the (whitened) score of a response that never "
                                  "ends", least=0)
     value_from: str = flag("reward", "the value model at the start", ("reward", "policy"), only=PPO)
+    rollouts: int = flag(8, "responses of each step that rollouts.jsonl keeps, token by token",
+                         least=0, result=False)
 
     def problems(self, given):
         batch, (scored, valued) = self.prompts * self.samples, fit.taking_part(self).values()
@@ -259,6 +263,7 @@ def train(config, folder, device, dtype, reward=None, teacher=None):
         micro_batch, slots = min(micro_batch, state["micro_batch"]), min(slots, state["slots"])
         print(f"rl: going on after step {first}")
     metrics, watch = run.Metrics(folder, "rl", anew=not state), run.Watch("rl")
+    keep = writer(folder / "rollouts.jsonl", config.rollouts, tokenizer, anew=not state)
     save = run.saver(checkpoint, config, parts, watch)
 
     # ---- loop ----
@@ -344,6 +349,7 @@ def train(config, folder, device, dtype, reward=None, teacher=None):
             by_sampler, = on_device(device, [p for s in samples for p in s.logprobs])
             by_sampler = old_logprobs.masked_scatter(response_mask, by_sampler)    # (B, R)
             right = [task.equal(a, votes[id_]) for a, id_ in zip(answers, ids)]     # by the vote
+            its_scores = scores.tolist()
             row = metrics(
                 step, score=scores.mean(), rewards=rewards.sum(1).mean(), kl=kl, kl_coef=kl_coef,
                 learning_rate=rate * config.learning_rate,
@@ -355,9 +361,14 @@ def train(config, folder, device, dtype, reward=None, teacher=None):
                     old_values, returns, response_mask)} if value_model else {}),
                 entropy=ppo.masked_mean(entropy, response_mask), length=sum(counts) / B,
                 ended=ended.float().mean(), answered=sum(a is not None for a in answers) / B,
-                **within(ids, scores.tolist(), right),
+                **within(ids, its_scores, right),
                 **{f"vote_{key}": value for key, value in within(ids, right, right).items()},
                 **task.true_accuracy("train", ids, texts))
+            keep(step, [s.tokens for s in samples], id=ids, question=[asked[id_] for id_ in ids],
+                 answer=answers, vote=[votes[id_] for id_ in ids], right=right, score=its_scores,
+                 ended=[s.ended for s in samples], logprobs=old_logprobs, entropy=entropy,
+                 ref_logprobs=ref_logprobs, rewards=rewards, advantages=advantages,
+                 returns=returns, **({"values": old_values} if value_model else {}))
             shown = ("score", "kl", "true_accuracy", "length")
             bar.set_postfix({key: f"{row[key]:.2f}" for key in shown if key in row})
 
@@ -368,7 +379,8 @@ def train(config, folder, device, dtype, reward=None, teacher=None):
         print(f"rl: in the last step {1 - row['ended']:.1%} of the responses were cut off, "
               f"{row['ended'] - row['answered']:.1%} ended without an answer")
     metrics(config.steps, seconds=metrics.seconds(seconds))
-    (folder / "report.md").unlink(missing_ok=True)                # of an earlier student
+    for name in ("report.md", "report.html"):                     # of an earlier student
+        (folder / name).unlink(missing_ok=True)
     weights.save(policy, folder / "rl", folder / "sft", base=folder / "sft")
     print(f"rl: -> {folder / 'rl'}")
     checkpoint.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanodistill import files, parallel, run
+from nanodistill import files, parallel, run, vote
 from nanodistill.generate import respond
 from nanodistill.settings import Common, flag
 
@@ -104,3 +104,43 @@ def graded(task, truth, questions, samples):
     """
     return [[task.equal(s["answer"], truth.get(q["id"])) for s in row]
             for q, row in zip(questions, samples)]
+
+
+def told(task, response, truth):
+    """What eval.jsonl keeps of a response; "right" where `truth`, the gold answer, is known."""
+    kept = {key: response[key] for key in ("text", "answer", "ended")}
+    return kept if truth is None else {**kept, "right": task.equal(response["answer"], truth)}
+
+
+def transcript(task, split, questions, gold, said, labels=None):
+    """Lines of eval.jsonl, a dict per question: what was said to it, and what of that is right.
+
+    {"id", "split", "question", "gold", "vote", "agreement", "vote_right", "models": {name:
+    {"greedy": response, "sampled": [response]}}}; a response is {"text", "answer", "ended",
+    "right"}. Without gold, or where nothing was voted on, those keys are absent.
+
+    Args:
+        gold: {id: answer}. said: {name: {"greedy" or "sampled": [[response] of each question]}}.
+        labels: {id: row of labels.jsonl}; None: the votes are over the teacher's samples in `said`.
+    """
+    lines, teachers = [], said.get("teacher", {}).get("sampled")
+    for k, q in enumerate(questions):
+        truth, voted = gold.get(q["id"]), {}
+        if labels is not None:
+            voted = {key: labels[q["id"]][key] for key in ("vote", "agreement")}
+        elif teachers:
+            found = vote.majority([r["answer"] for r in teachers[k]])
+            voted = {"vote": found.answer, "agreement": found.agreement}
+        if truth is not None and voted.get("vote") is not None:
+            voted["vote_right"] = task.equal(voted["vote"], truth)
+        line = {**q, "split": split, **({} if truth is None else {"gold": truth}), **voted,
+                "models": {}}
+        for name, by in said.items():
+            its = {how: [told(task, r, truth) for r in rows[k]] for how, rows in by.items()
+                   if rows and rows[k]}
+            if "greedy" in its:
+                its["greedy"], = its["greedy"]
+            if its:
+                line["models"][name] = its
+        lines.append(line)
+    return lines

@@ -1,4 +1,5 @@
-"""A finished run's page and pictures, drawn anew from its report.json and metrics.jsonl."""
+"""A finished run's page and pictures, drawn anew from its report.json and metrics.jsonl; of
+report.html see test_report_html.py."""
 
 import json
 import sys
@@ -28,10 +29,10 @@ REPORT = {
 PAGE = """\
 # arithmetic, seed 4
 
-| model | greedy | 95% interval | mean@3 | maj@3 | pass@3 | length | cut off | no answer |
+| model | greedy | 95% interval | mean@3 | maj@3 | pass@3 | length | ended | no answer |
 |---|---|---|---|---|---|---|---|---|
-| teacher | 50.0% | 23.7% to 76.3% | 50.0% | 55.0% | 70.0% | 21.2 | 10.0% | 0.0% |
-| out/x/rl | 100.0% | 72.2% to 100.0% | 50.0% | 55.0% | 70.0% | 21.2 | 10.0% | 0.0% |
+| teacher | 50.0% | 23.7% to 76.3% | 50.0% | 55.0% | 70.0% | 21.2 | 90.0% | 0.0% |
+| out/x/rl | 100.0% | 72.2% to 100.0% | 50.0% | 55.0% | 70.0% | 21.2 | 90.0% | 0.0% |
 
 10 test questions; length in tokens. Two models on the same questions, greedy:
 
@@ -119,6 +120,16 @@ Seconds: eval 2.
 """
 
 
+def test_the_page_names_the_algorithm_of_the_run(folder, monkeypatch, capsys):
+    monkeypatch.setattr(report, "plot", lambda *_: None)
+    (folder / "settings.json").write_text(json.dumps({"rl": {"algorithm": "rloo"}}))
+    main(monkeypatch, folder)
+    assert (folder / "report.md").read_text() == PAGE.replace("PPO, sampled", "RLOO, sampled")
+    (folder / "settings.json").write_text("{")
+    with pytest.raises(SystemExit, match="settings.json can't be read"):
+        main(monkeypatch, folder)
+
+
 def test_the_curves_are_of_the_last_start_and_the_bars_of_the_models(folder, monkeypatch, capsys):
     axes = pytest.importorskip("matplotlib.axes").Axes
     curves, bars, plot, bar = [], [], axes.plot, axes.bar
@@ -131,7 +142,7 @@ def test_the_curves_are_of_the_last_start_and_the_bars_of_the_models(folder, mon
         curves.append([*zip(x, y)]), plot(self, x, y, **kwargs)))
     monkeypatch.setattr(axes, "bar", recorded_bar)
     main(monkeypatch, folder)
-    assert capsys.readouterr().out.endswith(f"-> {folder}: report.md, curves.png\n")
+    assert capsys.readouterr().out.endswith(f"-> {folder}: report.md, report.html, curves.png\n")
     assert curves == [
         [(4, 1.0)], [(0, 0.0), (1, 0.5), (2, 1.0)], [(0, 0.0), (1, 0.25), (2, 0.5)],
         [(0, 0.0), (1, 0.1), (2, 0.2)], [(0, 20), (1, 21), (2, 22)]]
@@ -149,7 +160,7 @@ def test_without_matplotlib_there_is_the_page(folder, monkeypatch, capsys):
     main(monkeypatch, folder)
     printed = capsys.readouterr().out
     assert "no curves.png: it needs matplotlib" in printed
-    assert printed.endswith(f"-> {folder}: report.md\n")
+    assert printed.endswith(f"-> {folder}: report.md, report.html\n")
     assert (folder / "report.md").read_text() == PAGE and not (folder / "curves.png").exists()
 
 

@@ -20,7 +20,7 @@ import train_rl
 import train_rm
 import train_sft
 from data import TASKS, hub, response_ids, teacher
-from nanodistill import files, generate, process, report, responses, run, weights
+from nanodistill import files, generate, process, report, responses, rollouts, run, weights
 from nanodistill.tokenizer import Tokenizer
 
 
@@ -104,9 +104,51 @@ def test_report(finished, tmp_path):
     assert set(found["seconds"]) == {"teacher", "sft", "rm", "rl", "eval"}
     assert "| rl | " in (finished / "report.md").read_text()
     # Drawn anew elsewhere, page and pictures are those that the evaluation left.
-    copy(finished, tmp_path / "run", "metrics.jsonl")
+    copy(finished, tmp_path / "run", "metrics.jsonl", "settings.json", "eval.jsonl",
+         "rollouts.jsonl")
     for name in report.draw(found, tmp_path / "run"):
         assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_the_responses_stay_with_what_is_right_of_them(finished):
+    found = json.loads((finished / "report.json").read_text())
+    lines = files.read_jsonl(finished / "eval.jsonl")
+    test, train = ([line for line in lines if line["split"] == split]
+                   for split in ("test", "train"))
+    assert len(test) == 80 and {line["id"] for line in train} == {
+        row["id"] for row in files.read_jsonl(finished / "labels.jsonl")
+        if run.held_out(row["id"]) and row["vote"] is not None} != set()
+    for name, m in found["models"].items():
+        said = [line["models"][name] for line in test]
+        assert sum(by["greedy"]["right"] for by in said) == 80 * m["greedy"]["accuracy"]
+        every = [r for by in said for r in by["sampled"]]
+        assert sum(r["right"] for r in every) / 640 == pytest.approx(m["mean@8"])
+        assert len(every) == 640 and {*every[0]} == {"text", "answer", "ended", "right"}
+    asked = {row["id"]: row for row in files.read_jsonl(finished / "teacher.jsonl")}
+    for line in train:
+        teachers = line["models"]["teacher"]["sampled"]
+        assert [r["text"] for r in teachers] == [r["text"] for r in asked[line["id"]]["responses"]]
+        assert [r["right"] for r in teachers] == [r["answer"] == line["gold"] for r in teachers]
+        assert line["vote_right"] == (line["vote"] == line["gold"])
+        assert len(line["models"]["rl"]["sampled"]) == 8
+
+
+def test_some_rollouts_of_each_step_stay_with_what_each_token_was_worth(finished):
+    rows, asked = rollouts.read(finished / "rollouts.jsonl"), TASKS["arithmetic"](seed=7)
+    assert [(row["step"], row["i"]) for row in rows] == [(s, i) for s in range(3) for i in range(8)]
+    questions = {q["id"]: q["question"] for q in asked.questions("train")}
+    for row in rows:
+        assert row["question"] == questions[row["id"]] and row["ended"]
+        *pieces, end = row["tokens"]
+        assert asked.extract_answer("".join(pieces)) == row["answer"] and end == "<|end|>"
+        assert row["right"] == (row["answer"] == row["vote"])
+        drift = sum(row["logprobs"]) - sum(row["ref_logprobs"])
+        # The probability that is the score is within 0 and 1; a nat of drift costs 0.05.
+        assert sum(row["rewards"]) == pytest.approx(row["score"] - 0.05 * drift, abs=1e-3)
+        assert row["step"] or drift == pytest.approx(0, abs=1e-3)
+        for key in ("entropy", "rewards", "values", "advantages", "returns"):
+            assert len(row[key]) == len(row["tokens"])
+        assert row["returns"][-1] == pytest.approx(row["rewards"][-1], abs=1e-3)   # nothing follows
 
 
 def test_every_folder_loads_in_transformers_with_equal_logits(finished):
@@ -163,6 +205,9 @@ def test_stopped_and_resumed_equals_unbroken(
     assert not (folder / "resume.pt").exists()                           # for 1b it has 30 GB
     key = "score" if stage == "rl" else "loss"
     assert steps_of(tmp_path / "broken", stage, key) == steps_of(finished, stage, key) != {}
+    if stage == "rl":
+        assert (tmp_path / "broken" / "rollouts.jsonl").read_bytes() == (
+            finished / "rollouts.jsonl").read_bytes()
     before = (folder / "model.safetensors").stat().st_mtime_ns
     (tmp_path / "broken" / "report.md").write_text("the table")
     capsys.readouterr()

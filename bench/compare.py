@@ -84,7 +84,7 @@ def write_rows(path, rows):
 def begin(base, folder, *names):
     """Copy `names`, and with them what the base's stages said of themselves and evaluated."""
     if not (folder / "metrics.jsonl").exists():
-        bring(base, folder, *names, "settings.json", "inputs.json",
+        bring(base, folder, *names, "settings.json",
               *(f"samples/{model}.jsonl" for model in ("teacher", "base", "sft")))
         made = {"teacher": "labels.jsonl", "sft": "sft", "rm": "rm"}
         write_rows(folder / "metrics.jsonl",
@@ -206,14 +206,37 @@ def wrong_votes(share):
     return change
 
 
+def pooled_votes(weight):
+    """-> change: the vote is over the teacher's and the SFT student's responses, of which each of
+    the student's counts `weight` times; ties keep no vote."""
+    def change(folder, base):
+        said, again = ({row["id"]: [r["answer"] for r in row["responses"]]
+                        for row in files.read_jsonl(folder / f"{name}.jsonl")}
+                       for name in ("teacher", "student"))
+        rows = files.read_jsonl(folder / "labels.jsonl")
+        for row in rows:
+            if row["id"] in again:
+                best = plurality(said[row["id"]] + weight * again[row["id"]])
+                row["vote"] = best[0] if len(best) == 1 else None
+                row["labels"] = [None if row["vote"] is None else a == row["vote"]
+                                 for a in said[row["id"]]]
+        write_rows(folder / "labels.jsonl", rows)
+    return change
+
+
 # ---- arms of train_sft.py: what is done with as many responses without RL ----
 
 def fine_tuned(folder, student, args, config):
-    """SFT of the `student`, an HF folder, on the folder's rows that are labelled good."""
+    """SFT of the `student`, an HF folder, on the folder's rows that are labelled good: all steps of
+    it. (The stage keeps the weights of the least held-out loss, if anything is held out. To what
+    is more of the same, or its own, that is the student as it was.)"""
+    rows = files.read_jsonl(folder / "labels.jsonl")
+    write_rows(folder / "labels.jsonl", [
+        {**row, "labels": []} if run.held_out(row["id"]) else row for row in rows])
     most = ["--max-new-tokens", str(config.max_new_tokens)]
     train_sft.main([*common(args, folder), *most, "--student", str(student), "--teacher", "tiny",
                     "--task", "arithmetic", "--seed", str(config.seed), "--date", config.date,
-                    "--learning-rate", str(config.learning_rate), "--epochs", "3"])
+                    "--learning-rate", args.rate, "--epochs", "3"])
     evaluation.main([*common(args, folder), *most, "--models", str(folder / "sft"),
                      *(["--questions", SMALL[-1]] if args.small else [])])
 
@@ -376,6 +399,9 @@ ARMS = {
                 "rloo", *VOTE, brings=VOTED, change=wrong_votes(share / 100)))}.items()}},
     "data": {
         "ppo-model": DEFAULT, "rloo-model": RLOO,
+        **{f"{name}-pooled": Arm(f"{name.upper()}, reward model: votes of teacher and student", rl(
+            name, brings=(*VOTED, "student.jsonl"), change=pooled_votes(2)))
+           for name in ("ppo", "rloo")},
         **{f"rm-{name}": Arm(f"RLOO, reward model: {what}", rl(
             "rloo", *flags, brings=(*VOTED, "student.jsonl")[:4 - (name == "samples")]))
            for name, what, flags in (
@@ -487,6 +513,22 @@ def table(results):
     return "\n".join(lines).replace("nan", "")
 
 
+def table_of_groups(results):
+    """Markdown: greedy accuracy of an arm where the majority of the teacher's 8 samples is right,
+    wrong, tied, and where none of them is right; the SFT student's in brackets."""
+    names = "right", "wrong", "tied", "never"
+    first = next(iter(results.values()))["groups"]
+    counts = [first[name]["questions"] if name in first else 0 for name in names]
+    lines = ["| greedy where the teacher's majority is | " + " | ".join(
+        f"{name}: {count / sum(counts):.0%}" for name, count in zip(names, counts)) + " |",
+        "|" + "---|" * (len(names) + 1)]
+    for result in results.values():
+        groups = [result["groups"].get(name) for name in names]
+        lines.append(f"| {result['what']} | " + " | ".join(
+            "" if g is None else f"{g['greedy']:.1%} ({g['sft']:.1%})" for g in groups) + " |")
+    return "\n".join(lines)
+
+
 # ---- pictures ----
 
 def forest(results, plt):
@@ -566,6 +608,7 @@ def main():
     parser.add_argument("--arms", default="", help="of these names alone, with commas between them")
     parser.add_argument("--small", action="store_true", help="a third of the questions, 20 steps "
                         "of 256 responses, 500 test questions")
+    parser.add_argument("--rate", default="5e-4", help="of the arms of SFT alone")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--out", type=Path, help="not given: out/compare or out/compare-small")
     parser.add_argument("--picture", type=Path, help="draw it there; needs the [plot] extra")
@@ -607,7 +650,7 @@ def main():
             figure = (budget_curve if args.what == "budget" else forest)(results, plt)
         figure.savefig(args.picture, dpi=110)
     files.write_atomic(root / f"{args.what}.json", json.dumps({**results, **extra}, indent=1))
-    print(table(results))
+    print(table(results), table_of_groups(results), sep="\n\n")
 
 
 if __name__ == "__main__":

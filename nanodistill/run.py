@@ -6,9 +6,10 @@ All that a stage reads and writes lies in one run folder:
     inputs.json                           digests of what each artefact was made from
     teacher.jsonl  labels.jsonl           append-only; a torn last line is dropped and redone
     student.jsonl  metrics.jsonl
+    rollouts.jsonl                        a few responses of each RL step, token by token
     sft/  rm/  rl/                        HF folders, and resume.pt while a stage is under way
-    samples/                              what eval.py has sampled, a file per model
-    report.md  report.json  curves.png
+    samples/  eval.jsonl                  what eval.py has sampled, by model and by question
+    report.html  report.md  report.json  curves.png
 
 One process at a time has the folder, and hands it on to the stages that it runs.
 """

@@ -86,8 +86,9 @@ def finished(folder, score, accuracy):
     folder.mkdir()
     rows = [{"stage": "rl", "step": step, "score": s} for step, s in enumerate(score)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "report.json").write_text(json.dumps({"models": {
-        name: {"greedy": {"accuracy": a}} for name, a in accuracy.items()}}))
+    (folder / "report.json").write_text(json.dumps({"seed": 4, "models": {
+        name: {"greedy": {"accuracy": a, "low": a - 0.1, "high": a + 0.2}}
+        for name, a in accuracy.items()}}))
     return str(folder)
 
 
@@ -109,6 +110,18 @@ def test_n_runs_are_one_picture_with_bands(tmp_path, figures, count):
     assert [line.get_ydata().tolist() for line in bars.lines] == [
         pytest.approx([50, 60 + 10 * i]) for i in range(count)]
     assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_each_run_has_its_bars_with_intervals(tmp_path, figures):
+    folders = [finished(tmp_path / str(i), [0, 1], {"sft": 0.5, "out/rl": 0.6 + i / 10})
+               for i in range(2)]
+    curves.main([*folders, "--bars", str(tmp_path / "bars.png")])
+    axis, = figures[0].axes
+    assert [bar.get_height() for bar in axis.patches] == pytest.approx([50, 50, 60, 70])
+    errors = [c for group in axis.containers for c in getattr(group, "errorbar", [[], [], []])[2]]
+    spans = [sorted(point[1] for point in line) for c in errors for line in c.get_segments()]
+    assert spans == [pytest.approx(s) for s in ([40, 70], [40, 70], [50, 80], [60, 90])]
+    assert [x.get_text() for x in axis.get_xticklabels()] == ["seed 4", "seed 4"]
 
 
 def test_what_cannot_be_in_one_picture_is_said(tmp_path):

@@ -152,6 +152,16 @@ def vote_figures(task, labels, gold):
     return vote.summary(votes) | ({"accuracy": sum(right) / len(right)} if right else {})
 
 
+def second_vote(folder):
+    """Rows as in labels.jsonl of the vote that the teacher's and the student's answers give."""
+    theirs, its = ({row["id"]: [r["answer"] for r in row["responses"]]
+                    for row in files.read_jsonl(folder / file, "id", "responses")}
+                   for file in FILES.values())
+    votes = {id_: vote.together(theirs[id_], its[id_]) for id_ in theirs.keys() & its.keys()}
+    return [{"id": id_, "vote": v.answer, "agreement": v.agreement, "n": v.n}
+            for id_, v in votes.items()]
+
+
 def ppo_figures(steps):
     """Means over the first five steps and over the last five."""
     keys = [k for k in ("score", "true_accuracy", "kl", "length", "ended") if k in steps[0]]
@@ -210,6 +220,8 @@ def main(argv=None):
     # ---- 5. the vote, PPO, the durations ----
     if labels:
         report["votes"] = vote_figures(task, labels.values(), task.gold("train"))
+        if scored and settings.load(folder).get("rm", {}).get("rm_votes") == "both":
+            report["votes"]["both"] = vote_figures(task, second_vote(folder), task.gold("train"))
     steps = [row for row in run.read_metrics(folder, "rl").values() if "score" in row]
     if steps:
         report["ppo"] = ppo_figures(steps)

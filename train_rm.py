@@ -3,11 +3,16 @@
     python train_rm.py                                   the tiny student
     python train_rm.py --rm-data teacher --rm-loss bt    without the student's own responses;
                                                          Bradley-Terry pairs
+    python train_rm.py --rm-votes teacher                labels by the teacher's vote alone
 
 Reads teacher.jsonl, labels.jsonl and sft/ (runs the stages before it if something is missing).
-Samples the SFT student on the training questions with a vote into student.jsonl, labels those
-responses by the vote, and trains the SFT student's trunk with a scalar head on both. Writes rm/, an
+Samples the SFT student on the training questions with a vote into student.jsonl, labels the
+responses by a vote, and trains the SFT student's trunk with a scalar head on both. Writes rm/, an
 HF folder. PPO will ask for scores of what the *student* writes: hence its responses in the data.
+
+The paper's vote is the teacher's. With --rm-votes both the question is voted on once more, by the
+teacher's and the student's answers, each side with the same say: where SFT has made the student
+better than its teacher, fewer votes are wrong (docs/results.md).
 
 What to look at: AUC on held-out student responses (0.5 is chance, 1 ranks every good response above
 every bad one); its calibration (sigmoid(score) is a probability: of the responses with 0.8, about
@@ -30,7 +35,7 @@ import torch
 import train_sft
 from data import prompts_of, ready, response_ids, task_of
 from data.teacher import collect, local, shares
-from nanodistill import files, lora, optim, parallel, process, run, settings, weights
+from nanodistill import files, lora, optim, parallel, process, run, settings, vote, weights
 from nanodistill.batches import pack
 from nanodistill.model import ScalarModel
 from nanodistill.reward import bce_loss, bt_loss, score, score_sequences
@@ -47,6 +52,7 @@ class Config(Training):
     rm_data: str = flag("both", "whose responses are trained on", ("teacher", "student", "both"))
     rm_loss: str = flag("bce", "bce: good or not, each by itself; bt: a good one above a bad one "
                         "of the same question", ("bce", "bt"))
+    rm_votes: str = flag(None, "whose answers are voted on, for the labels", ("teacher", "both"))
     token_loss: float = flag(0.5, "with bce: weight of the same loss before each response token, "
                              "where the outcome is predicted; 0 = the last token alone", least=0,
                              only=("rm_loss", "bce"))
@@ -180,18 +186,25 @@ def train(config, folder, device, dtype):
         folder / "student.jsonl", [{k: row[k] for k in ("id", "question")} for row in teacher_rows],
         task, sampler, [1.0] * config.samples, "student", keep_tokens=True)
     del sampler
+    if config.rm_votes == "both":
+        said = {row["id"]: [r["answer"] for r in row["responses"]] for row in teacher_rows}
+        again = {row["id"]: vote.together(said[row["id"]], [r["answer"] for r in row["responses"]])
+                 .answer for row in student_rows}
+        print(f"rm: with the student's answers {sum(again[id_] != votes[id_] for id_ in again)} of "
+              f"{len(again)} votes change, of which {sum(v is None for v in again.values())} tie")
+        votes = again
     run.made_from(folder, "rm", "teacher.jsonl", "labels.jsonl", "student.jsonl", "sft")
     training, held_out = {"teacher": [], "student": []}, {"teacher": [], "student": []}
     for source, rows in (("teacher", teacher_rows), ("student", student_rows)):
         for row in rows:
-            prompt, vote = prompts[row["id"]], votes[row["id"]]
+            prompt, right = prompts[row["id"]], votes[row["id"]]
             split = held_out if run.held_out(row["id"]) else training
             for r in row["responses"]:
-                if "failed" in r:
+                if "failed" in r or right is None:
                     continue
                 ids = prompt + response_ids(tokenizer, r)
                 if len(ids) <= shape.max_position_embeddings:
-                    label = task.equal(r["answer"], vote)
+                    label = task.equal(r["answer"], right)
                     split[source].append(Example(row["id"], len(prompt), ids, label))
     examples = [e for source, rows in training.items() if config.rm_data in (source, "both")
                 for e in rows]

@@ -56,7 +56,7 @@ class Arm:
     train: callable                         # (its folder, its base's folder, args) makes `model`
     base: str = "ppo-model"                 # the arm that it begins from; "": from nothing
     model: str = "rl"                       # what is evaluated
-    stages: tuple = ("teacher", "sft")      # those of its base whose seconds it needs
+    stages: tuple = ()                      # those of its base that it needs, if it copies none
     samples: str = ""                       # fresh ones that it learns from, beside the folders
 
 
@@ -206,24 +206,6 @@ def wrong_votes(share):
     return change
 
 
-def pooled_votes(weight):
-    """-> change: the vote is over the teacher's and the SFT student's responses, of which each of
-    the student's counts `weight` times; ties keep no vote."""
-    def change(folder, base):
-        said, again = ({row["id"]: [r["answer"] for r in row["responses"]]
-                        for row in files.read_jsonl(folder / f"{name}.jsonl")}
-                       for name in ("teacher", "student"))
-        rows = files.read_jsonl(folder / "labels.jsonl")
-        for row in rows:
-            if row["id"] in again:
-                best = plurality(said[row["id"]] + weight * again[row["id"]])
-                row["vote"] = best[0] if len(best) == 1 else None
-                row["labels"] = [None if row["vote"] is None else a == row["vote"]
-                                 for a in said[row["id"]]]
-        write_rows(folder / "labels.jsonl", rows)
-    return change
-
-
 # ---- arms of train_sft.py: what is done with as many responses without RL ----
 
 def fine_tuned(folder, student, args, config):
@@ -345,65 +327,70 @@ def best_of_n(folder, base, args):
 
 # ---- the arms ----
 
-RM = "teacher", "sft", "rm"
+BEFORE = "teacher", "sft"
 VOTE, FUNCTION = ["--reward", "vote"], ["--value-from", "policy"]
 DISTILL = [*FUNCTION, "--gamma", "0", "--kl-coef", "1", "--no-eos-penalty", "0", "--reference",
            "teacher"]
-DEFAULT = Arm("PPO, reward model (the default)", whole(), "", "rl", RM)
-RLOO = Arm("RLOO, reward model", rl("rloo"), stages=RM)
+TEACHERS, BOTH = ["--rm.rm-votes", "teacher"], ["--rm.rm-votes", "both"]
+LABELLED = *VOTED, "student.jsonl"
+FIRST = Arm("PPO, reward model", whole(*TEACHERS), "")
+BOTHS = Arm("PPO, reward model of both votes (the default)", rl("ppo", *BOTH, brings=LABELLED))
+RLOO = Arm("RLOO, reward model", rl("rloo"))
+RLOO_BOTHS = Arm("RLOO, reward model of both votes", rl(
+    "rloo", brings=(*LABELLED, "rm")), "ppo-both")
 BY_VOTE = Arm("RLOO, vote", rl("rloo", *VOTE, brings=VOTED))
 ARMS = {
     "algorithms": {
-        "ppo-model": DEFAULT, "rloo-model": RLOO,
-        "grpo-model": Arm("GRPO, reward model", rl("grpo"), stages=RM),
+        "ppo-model": FIRST, "ppo-both": BOTHS, "rloo-model": RLOO, "rloo-both": RLOO_BOTHS,
+        "grpo-model": Arm("GRPO, reward model", rl("grpo")),
         "ppo-vote": Arm("PPO, vote", rl("ppo", *VOTE, *FUNCTION, brings=VOTED)),
         "rloo-vote": BY_VOTE,
         "grpo-vote": Arm("GRPO, vote", rl("grpo", *VOTE, brings=VOTED)),
         "rloo-either": Arm("RLOO, vote; reward model where there is none", rl(
-            "rloo", reward=functools.partial(learned, vote=1.0)), stages=RM),
+            "rloo", reward=functools.partial(learned, vote=1.0))),
         "rloo-mean": Arm("RLOO, mean of vote and reward model", rl(
-            "rloo", reward=functools.partial(learned, vote=0.5)), stages=RM),
+            "rloo", reward=functools.partial(learned, vote=0.5))),
         "rloo-self": Arm("RLOO, its own vote", rl("rloo", "--reward", "self", brings=VOTED)),
         "rloo-gold": Arm("RLOO, gold", rl("rloo", brings=VOTED, reward=gold)),
         "rloo-random": Arm("RLOO, random", rl("rloo", brings=VOTED, reward=at_random)),
         "kdrl": Arm("PPO, reward model, near to the teacher",
-                    rl("ppo", "--reference", "teacher"), stages=RM),
+                    rl("ppo", "--reference", "teacher")),
         "distill": Arm("on-policy distillation", rl(
             "ppo", *DISTILL, brings=VOTED, reward=nothing)),
         "best-vote": Arm("SFT, best of n by vote", best_of(first_by_vote), model="sft",
-                         samples="sft-samples"),
+                         stages=BEFORE, samples="sft-samples"),
         "best-model": Arm("SFT, best of n by reward model", best_of(best_by_model), model="sft",
-                          stages=RM, samples="sft-samples"),
+                          stages=(*BEFORE, "rm"), samples="sft-samples"),
         "best-random": Arm("SFT, one of n at random", best_of(the_first), model="sft",
-                           samples="sft-samples"),
-        "sft-more": Arm("SFT, more of the same", more(), model="sft"),
+                           stages=BEFORE, samples="sft-samples"),
+        "sft-more": Arm("SFT, more of the same", more(), model="sft",
+                        stages=BEFORE),
         "sft-fresh": Arm("SFT, fresh teacher samples", fresh_teacher, model="sft",
-                         samples="teacher-samples"),
+                         stages=BEFORE, samples="teacher-samples"),
         "teacher-sft": Arm("the teacher, on its own vote", more(TINY / "teacher"), model="sft",
                            stages=("teacher",))},
     "budget": {
         f"{n}-{kind}": arm for n, epochs in ((250, 12), (500, 12), (1000, 9), (2000, 6), (6000, 3))
         for kind, arm in {
             "model": Arm(f"{n} questions asked, reward model", whole(
-                "--teacher.questions", str(n), "--sft.epochs", str(epochs), "--algorithm", "rloo",
-                "--samples", "4", "--prompts", "128"), "", stages=RM),
+                *TEACHERS, "--teacher.questions", str(n), "--sft.epochs", str(epochs),
+                "--algorithm", "rloo", "--samples", "4", "--prompts", "128"), ""),
             "vote": Arm(f"{n} questions asked, vote", BY_VOTE.train, f"{n}-model"),
             "all": Arm(f"{n} questions asked, reward model on all", rl(
-                "rloo", change=more_questions, reward=learned), f"{n}-model", stages=RM)}.items()},
+                "rloo", change=more_questions, reward=learned), f"{n}-model")}.items()},
     "noise": {
-        "ppo-model": DEFAULT, "rloo-model": RLOO, "rloo-vote": BY_VOTE,
+        "ppo-model": FIRST, "rloo-model": RLOO, "ppo-both": BOTHS, "rloo-both": RLOO_BOTHS,
+        "rloo-vote": BY_VOTE,
         **{f"noise-{share}-{kind}": arm for share in (10, 20, 40) for kind, arm in {
-            "model": Arm(f"{share}% of the votes wrong, RLOO, reward model", rl(
-                "rloo", brings=(*VOTED, "student.jsonl"), change=wrong_votes(share / 100))),
+            **{name: Arm(f"{share}% of the votes wrong, RLOO, reward model{of}", rl(
+                "rloo", *flags, brings=LABELLED, change=wrong_votes(share / 100)))
+               for name, of, flags in (("model", "", TEACHERS), ("both", " of both votes", BOTH))},
             "vote": Arm(f"{share}% of the votes wrong, RLOO, vote", rl(
                 "rloo", *VOTE, brings=VOTED, change=wrong_votes(share / 100)))}.items()}},
     "data": {
-        "ppo-model": DEFAULT, "rloo-model": RLOO,
-        **{f"{name}-pooled": Arm(f"{name.upper()}, reward model: votes of teacher and student", rl(
-            name, brings=(*VOTED, "student.jsonl"), change=pooled_votes(2)))
-           for name in ("ppo", "rloo")},
+        "ppo-model": FIRST, "rloo-model": RLOO, "ppo-both": BOTHS, "rloo-both": RLOO_BOTHS,
         **{f"rm-{name}": Arm(f"RLOO, reward model: {what}", rl(
-            "rloo", *flags, brings=(*VOTED, "student.jsonl")[:4 - (name == "samples")]))
+            "rloo", *TEACHERS, *flags, brings=LABELLED[:4 - (name == "samples")]))
            for name, what, flags in (
                ("teacher", "teacher's responses alone", ["--rm.rm-data", "teacher"]),
                ("student", "student's responses alone", ["--rm.rm-data", "student"]),
@@ -412,11 +399,11 @@ ARMS = {
                ("epochs", "two passes", ["--rm.epochs", "2"]),
                ("samples", "12 responses of the student a question", ["--rm.samples", "12"]))}},
     "kl": {
-        "ppo-model": DEFAULT,
+        "ppo-model": FIRST,
         **{f"kl-{kl}": Arm(f"PPO, reward model, KL coefficient {kl}", rl(
-            "ppo", "--kl-coef", kl), stages=RM) for kl in ("0.2", "0.01", "0")},
+            "ppo", "--kl-coef", kl)) for kl in ("0.2", "0.01", "0")},
         "kl-0-fast": Arm("PPO, reward model, KL coefficient 0, 2.5 times the rate", rl(
-            "ppo", "--kl-coef", "0", "--learning-rate", "5e-4"), stages=RM),
+            "ppo", "--kl-coef", "0", "--learning-rate", "5e-4")),
         "best-of-n": Arm("best of n", best_of_n, model="")},
 }
 
@@ -484,8 +471,8 @@ def figures(arm, seeds):
             "mean": float(np.mean([*ours["mean"].values()])),
             "pass": float(np.mean([*ours["pass"].values()])),
             "gain": {key: interval(gains[key][-1:]) for key in gains},
-            "seconds": seconds_of(base, arm.stages) + seconds_of(folder, [arm.model])
-            + seconds_of(base.parent, [arm.samples]),
+            "seconds": seconds_of(base, arm.stages) + seconds_of(base.parent, [arm.samples])
+            + seconds_of(folder, ("teacher", "sft", "rm", "rl")),
             **({key: float(np.mean([row[key] for row in steps[-5:]])) for key in ("kl", "score")}
                if steps and arm.model == "rl" else {})}
     return {"what": arm.what, "seeds": by_seed,
@@ -615,7 +602,7 @@ def main():
     parser.add_argument("--arm", help=argparse.SUPPRESS)     # of this process alone
     args = parser.parse_args()
     root = args.out or Path("out/compare-small" if args.small else "out/compare")
-    arms = {name: arm for name, arm in {**{"ppo-model": DEFAULT}, **ARMS[args.what]}.items()
+    arms = {name: arm for name, arm in {**{"ppo-model": FIRST}, **ARMS[args.what]}.items()
             if not args.arms or name in args.arms.split(",") or name == "ppo-model"}
     seeds = [int(seed) for seed in args.seeds.split(",")]
     if args.arm:

@@ -77,8 +77,13 @@ def votes(v):
     """A sentence on the teacher's vote."""
     gold = f"; right by gold (a diagnostic) {v['accuracy']:.1%}." if "accuracy" in v else \
         ". No training question has a gold answer to compare with."
-    return ["", f"Teacher's vote: {v['kept']:.1%} of the training questions kept, mean agreement "
-            f"{v['agreement']:.1%}{gold}"]
+    lines = ["", f"Teacher's vote: {v['kept']:.1%} of the training questions kept, mean agreement "
+             f"{v['agreement']:.1%}{gold}"]
+    if "both" in v:
+        right = f"; right by gold {v['both']['accuracy']:.1%}" if "accuracy" in v["both"] else ""
+        lines += ["", "The reward model's labels are of the vote of the teacher and the SFT "
+                  f"student, each with half the say: {v['both']['kept']:.1%} of these kept{right}."]
+    return lines
 
 
 def reward_model(figures):

@@ -5,6 +5,7 @@ to be right, and a response is good if it ends in that answer. No gold answer is
 imports nothing of ours and can be copied out alone.
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -36,6 +37,14 @@ def majority(answers, min_agreement=0.0):
     agreement = answers.count(first[0]) / len(answers) if first else 0.0
     kept = len(first) == 1 and agreement >= min_agreement
     return Vote(first[0] if kept else None, agreement, len(answers))
+
+
+def together(*groups):
+    """The vote over several models' answers to one question, of which each group has the same say,
+    however many they are."""
+    groups = [group for group in groups if group]
+    whole = math.lcm(*map(len, groups))
+    return majority([a for group in groups for a in group for _ in range(whole // len(group))])
 
 
 def labels(answers, vote):

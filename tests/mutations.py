@@ -146,6 +146,9 @@ TABLE = [Mutation(*entry) for entry in [
     ("teacher-asks-again", "data/teacher.py", 'if q["id"] not in rows', "if True", "stages"),
     # The library: vote, reward, PPO.
     ("vote-tie-goes-first", VOTE, "len(first) == 1 and", "first and", "vote meaning"),
+    ("votes-together-by-number", VOTE, "whole // len(group)", "1", "vote meaning"),
+    ("rm-second-vote-of-the-student", RM, "vote.together(said[row[\"id\"]],", "vote.together([],",
+     "meaning"),
     ("self-tie-counts-whole", VOTE, "1 / len(first) if a in first", "1.0 if a in first", "vote"),
     ("vote-share-of-answered", VOTE, "answers.count(first[0]) / len(answers)",
      "answers.count(first[0]) / sum(a is not None for a in answers)", "vote"),

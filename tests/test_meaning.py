@@ -366,6 +366,36 @@ def test_reward_models_loss_and_figures_by_hand(tmp_path, monkeypatch, sources, 
         assert figures(folder, "rm", f"accuracy_{source}")[-1] == pytest.approx(right / len(rows))
 
 
+def test_labels_of_both_votes_by_hand(tmp_path, monkeypatch):
+    """The teacher said 7, 7, 7, 9 and nothing twice: 3, 1 and 2 sixths. The student's three answers
+    have two sixths each: three 8 win; one 9 ties with the 7, and the question goes."""
+    sft = language_model()
+    folder = run_folder(tmp_path / "run", student=sft, sft=sft)
+
+    def said(k):
+        return ["#### 9", "Step 1...", "Step 2..."] if k % 3 == 0 else [
+            f"Step 1: {k} * 1 = 8\n#### 8", "#### 8", "#### 8"]
+    everywhere(monkeypatch, "generate", scripted(lambda model, k, t: said(k)))
+    everywhere(monkeypatch, "load", give_heads)
+    call(train_rm, folder, *ONE_BATCH, "--learning-rate", 1e-12, "--token-loss", 0,
+         "--rm-votes", "both")
+    model, losses, held_out = with_a_head(sft), [], 0
+    for k, question in enumerate(QUESTIONS):
+        if question["id"] == UNVOTED or k % 3 == 0:
+            continue
+        if question["id"] in HELD_OUT:
+            held_out += 1
+            continue
+        for text in texts_of(k) + said(k):
+            output = outputs(model, prompt_of(question), ids_of(text))[-1:]
+            losses.append(log_loss(output, text.endswith("#### 8")))
+    assert figures(folder, "rm", "loss") == pytest.approx([torch.cat(losses).mean().item()],
+                                                          rel=1e-5)
+    assert figures(folder, "rm", "n_student")[-1] == 3 * held_out
+    # The teacher's vote stays what it was.
+    assert {row["vote"] for row in files.read_jsonl(folder / "labels.jsonl")} == {"7", None}
+
+
 def test_bradley_terry_loss_by_hand(tmp_path, monkeypatch):
     """A question has as many pairs as its rarer kind allows. Here each has one good response of the
     student and one bad one, so it is clear which two are a pair."""
@@ -830,6 +860,17 @@ def test_the_report_says_what_was_sampled(tmp_path, monkeypatch):
     right = [truths[q["id"]] == "7" for q in QUESTIONS if q["id"] != UNVOTED]
     votes = {"kept": 15 / 16, "agreement": 0.5, "accuracy": sum(right) / 15}
     assert report["votes"] == pytest.approx(votes)
+
+
+def test_the_second_vote_is_of_questions_that_both_have_answered(tmp_path):
+    for name, said in (("teacher", {"a": ["7", "7", "8"], "b": ["1", "1"], "c": ["4"]}),
+                       ("student", {"a": ["8"], "b": ["2", "2"]})):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(
+            {"id": id_, "responses": [{"answer": x} for x in row]}) + "\n"
+            for id_, row in said.items()))
+    rows = {row["id"]: row for row in evaluation.second_vote(tmp_path)}
+    assert rows == {"a": {"id": "a", "vote": "8", "agreement": 4 / 6, "n": 6},
+                    "b": {"id": "b", "vote": None, "agreement": 0.5, "n": 4}}
 
 
 def test_no_question_that_a_run_trains_on_is_a_test_question_of_any():

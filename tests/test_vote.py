@@ -1,4 +1,4 @@
-from nanodistill.vote import Vote, labels, majority, plurality, shares, summary
+from nanodistill.vote import Vote, labels, majority, plurality, shares, summary, together
 
 
 def test_majority_wins_and_missing_answers_count_against_agreement():
@@ -26,6 +26,15 @@ def test_a_missing_answer_never_wins_nor_ties():
     assert majority([None, "5", None, "6"]) == Vote(None, 0.25, 4)
     assert majority([]) == Vote(None, 0.0, 0)
     assert majority(["5", None], 0.5).answer == "5" and majority(["5", None], 0.51).answer is None
+
+
+def test_two_groups_have_the_same_say_whatever_their_sizes():
+    # By hand: of six parts 5 has 2 + 0, 7 has 1 + 3 of two groups of three.
+    assert together(["5", "5", "7"], ["7"]) == Vote("7", 4 / 6, 6)
+    assert together(["5", "5"], ["7", None, None]) == Vote("5", 0.5, 12)
+    assert together(["5"], ["7"]).answer is None
+    assert together(["5", "6", "5"], []) == majority(["5", "6", "5"])
+    assert together([], []) == Vote(None, 0.0, 0)
 
 
 def test_labels_follow_the_vote():

@@ -1,7 +1,7 @@
 """The runs and pictures of docs/bugs.md: the tiny run with one line broken, beside the right one.
 
     python train_rl.py --seed 21 --out out/s21                      what the faults start from
-    python docs/museum.py --base out/s21 --out out/museum           all runs: about half an hour
+    python docs/museum.py --base out/s21 --out out/museum           all runs, a few minutes
     python docs/museum.py --base out/s21 --out out/museum --only kl-sign
     python docs/museum.py --out out/museum                          pictures of the runs there
     python docs/museum.py --base out/s21 --start                    numbers before any update
@@ -12,6 +12,7 @@ rm/ too. Runs have one thread and the same seed, so that a pair differs in the b
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -32,6 +33,7 @@ STEPS = {"rl": "--steps 8 --prompts 32 --learning-rate 4e-4 --micro-batch 4",
 BASE = {"rl": ("settings.json", "inputs.json", "teacher.jsonl", "labels.jsonl", "student.jsonl",
                "sft", "rm"),
         "sft": ("settings.json", "teacher.jsonl", "labels.jsonl")}
+BLUE, RED = "#2a6f97", "#d1495b"
 LOGARITHMIC = {"sampler_gap", "sampler_kl"}
 # A stage, less the evaluation that would follow.
 ALONE = "import {0}; {0}.process.need = lambda *given: None; {0}.process.guard({0}.main)"
@@ -46,7 +48,7 @@ FAULTS = [Fault(*entry) for entry in [
     ("temperature", RL, "temperature=config.temperature", "temperature=0.7",
      "true_accuracy first_ratio sampler_kl"),
     ("kl-sign", RL, "response_mask, kl_coef)", "response_mask, -kl_coef)",
-     "score true_accuracy kl"),
+     "score rewards kl"),
     ("whiten-padding", PPO,
      "mean = masked_mean(x, mask)\n    variance = masked_mean((x - mean) ** 2, mask)",
      "mean, variance = x.mean(), x.var(correction=0)", "score true_accuracy kl"),
@@ -111,32 +113,42 @@ def curve(folder, stage, key):
     return [row["step"] for row in rows], [row[key] for row in rows]
 
 
-def draw(fault, broken, right, path):
-    """A fault's picture: a panel per key of `shown`, the right run and the broken one."""
+@contextlib.contextmanager
+def picture(name, panels):
+    """Axes of so many panels; then saved as docs/bugs/NAME.png."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    keys = fault.shown.split()
     plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(1, len(keys), figsize=(8, 2), layout="constrained", squeeze=False)
-    for key, ax in zip(keys, axes[0]):
-        for folder, color, label in ((right, "#2a6f97", "right"), (broken, "#d1495b", "broken")):
-            steps, values = curve(folder, fault.stage, key)
-            ax.plot(steps, values, color=color, label=label, linewidth=1.5,
-                    linestyle="--" if folder == right else "-")
-            lost = [step for step, value in zip(steps, values) if not math.isfinite(value)]
-            if lost:
-                ax.axvspan(lost[0], lost[-1], color=color, alpha=0.2, linewidth=0)
-                ax.text(sum(lost) / len(lost), sum(ax.get_ylim()) / 2, "nan", color=color,
-                        ha="center")
-        ax.set_title(key, fontsize=8)
-        ax.set_xlabel("step")
-        if key in LOGARITHMIC:
-            ax.set_yscale("log")
+    figure, axes = plt.subplots(1, panels, figsize=(8, 2), layout="constrained", squeeze=False)
+    yield axes[0]
     axes[0][0].legend(frameon=False)
-    figure.savefig(path, dpi=75)
+    (ROOT / "docs" / "bugs").mkdir(exist_ok=True)
+    figure.savefig(ROOT / "docs" / "bugs" / f"{name}.png", dpi=70)
     plt.close(figure)
+
+
+def draw(fault, broken, right):
+    """A fault's picture: a panel per key of `shown`, the right run and the broken one."""
+    keys = fault.shown.split()
+    with picture(fault.name, len(keys)) as axes:
+        for key, ax in zip(keys, axes):
+            draw_panel(ax, key, fault.stage, broken, right)
+
+
+def draw_panel(ax, key, stage, broken, right):
+    for folder, color, label in ((right, BLUE, "right"), (broken, RED, "broken")):
+        steps, values = curve(folder, stage, key)
+        ax.plot(steps, values, "--" if folder == right else "-", color=color, label=label)
+        lost = [step for step, value in zip(steps, values) if not math.isfinite(value)]
+        if lost:
+            ax.axvspan(lost[0], lost[-1], color=color, alpha=0.2, linewidth=0)
+            ax.text(sum(lost) / len(lost), sum(ax.get_ylim()) / 2, "nan", color=color, ha="center")
+    ax.set_title(key, fontsize=8)
+    ax.set_xlabel("step")
+    if key in LOGARITHMIC:
+        ax.set_yscale("log")
 
 
 def sft_student(folder):
@@ -198,24 +210,38 @@ def before_an_update(base):
         print(f"\n{sum(right) / len(right):.1%} right; sampler_kl {ppo.masked_mean(gap, mask):.2g}")
         return rows, right, batch, mask, old
 
-    for policy in sft, rl:
+    # The pictures of the second, the SFT student, are kept.
+    for policy in rl, sft:
         rows, right, batch, mask, old = sampled(policy, 1.0)
-        longest = max(map(len, rows))
-        for where, read in (("at the EOS", rows), ("a token early", [row[:-1] for row in rows]), (
-                "in column -1", [row + [tokenizer.pad_id] * (longest - len(row)) for row in rows])):
-            scores = score(reward_model, read).sigmoid()
-            print(f"score {where}: mean {scores.mean():.3f}, AUC {auc(scores, right):.3f}")
+        longest, good = max(map(len, rows)), torch.tensor(right)
+        with picture("score-a-token-early-start", 3) as axes:
+            for ax, where, read in zip(
+                    axes, ("at the EOS", "a token early", "in column -1"),
+                    (rows, [row[:-1] for row in rows],
+                     [row + [tokenizer.pad_id] * (longest - len(row)) for row in rows])):
+                scores = score(reward_model, read).sigmoid()
+                title = f"score {where}: AUC {auc(scores, right):.3f}"
+                print(f"{title}, mean {scores.mean():.3f}")
+                ax.hist([scores[good].numpy(), scores[~good].numpy()], bins=20, range=(0, 1),
+                        stacked=True, color=(BLUE, RED), label=("right answer", "wrong answer"))
+                ax.set_title(title, fontsize=8)
         scores = score(reward_model, rows).sigmoid()
         ref, hidden = responses.logprobs(sft, batch, 1.0)[0], reward_model(batch.packed)
         for coef in (0.05, -0.05):
             rewards = ppo.shape_rewards(scores, old, ref, mask, coef)
             print(f"kl_coef {coef}: rewards less score {(rewards.sum(1) - scores).mean():+.4f}")
         rewards = ppo.shape_rewards(scores, old, ref, mask, 0.05)
-        for early in (0, 1):
-            values = batch.grid(hidden.index_select(0, batch.packed.last - early).sigmoid())
-            _, returns = ppo.gae(rewards, values, mask)
-            print(f"values {early} tokens early: explained variance "
-                  f"{ppo.explained_variance(values, returns, mask):.3f}")
+        with picture("value-a-token-off-start", 1) as (ax,):
+            for early, color, label in ((0, BLUE, "right"), (1, RED, "a token early")):
+                values = batch.grid(hidden.index_select(0, batch.packed.last - early).sigmoid())
+                _, returns = ppo.gae(rewards, values, mask)
+                print(f"values {early} tokens early: explained variance "
+                      f"{ppo.explained_variance(values, returns, mask):.3f}")
+                errors = (values - scores[:, None]).square()
+                ends = mask.sum(1)
+                ax.plot(range(-12, 0), [errors[torch.arange(len(ends)), ends + t].mean()
+                                        for t in range(-12, 0)], color=color, label=label)
+            ax.set_title("mean square of value - score, by token from the end", fontsize=8)
         values = responses.values(reward_model, batch, torch.sigmoid)
         advantages, _ = ppo.gae(rewards, values, mask)
         white = ppo.whiten(advantages, mask)
@@ -223,6 +249,10 @@ def before_an_update(base):
               f"{(white + values)[mask].max():.1f}, explained variance "
               f"{ppo.explained_variance(values, white + values, mask):.3f}")
         counted = ppo.whiten(advantages, torch.ones_like(mask))[mask]
+        with picture("whiten-padding-start", 1) as (ax,):
+            ax.hist([white[mask].numpy(), counted.numpy()], bins=60, range=(-5, 4),
+                    histtype="step", color=(BLUE, RED), label=("right", "padding counted"))
+            ax.set_title("whitened advantages of the response tokens", fontsize=8)
         print(f"padding, {1 - mask.float().mean():.0%}, whitened too: mean {counted.mean():.3f}, "
               f"deviation {counted.std():.2f}")
     sampled(sft, 0.7)
@@ -248,7 +278,7 @@ def main():
         if not all((folder / "done").exists() for folder in (right, broken)):
             print(f"{fault.name}: not run yet")
             continue
-        draw(fault, broken, right, ROOT / "docs" / "bugs" / f"{fault.name}.png")
+        draw(fault, broken, right)
         if fault.stage == "sft":
             print(f"{fault.name}: the right run's student: {sft_student(right)}; "
                   f"the broken one's: {sft_student(broken)}")

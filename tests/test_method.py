@@ -8,6 +8,7 @@ import json
 import math
 import random
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -276,6 +277,15 @@ def test_what_a_page_names_is_there(page):
             assert re.search(rf"^(?:def|class) {name}\b", source, re.MULTILINE), (name, link)
     for name, test in re.findall(r"(test_\w+\.py)::(\w+)", text):
         assert f"def {test}(" in (ROOT / "tests" / name).read_text(encoding="utf-8"), test
+
+
+def test_each_broken_line_of_the_museum_stands_once_in_the_code():
+    faults = runpy.run_path(str(ROOT / "docs" / "museum.py"))["FAULTS"]
+    assert len({fault.name for fault in faults}) == len(faults) == 12
+    for fault in faults:
+        text = (ROOT / fault.file).read_text(encoding="utf-8")
+        assert text.count(fault.old) == 1, fault.name
+        compile(text.replace(fault.old, fault.new), fault.file, "exec")
 
 
 if __name__ == "__main__":

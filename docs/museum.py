@@ -58,7 +58,7 @@ FAULTS = [Fault(*entry) for entry in [
     ("best-of-nan", RUN,
      "bad = tensors and not torch.stack([x.isfinite().all() for x in tensors]).all()",
      "bad = False", "held_out_loss", "sft",
-     "--epochs 0.06 --evals-per-epoch 50 --learning-rate 1e30"),
+     "--epochs 0.03 --evals-per-epoch 80 --learning-rate 1e30"),
     ("returns-of-whitened", RL, "response_mask, shift_mean=bool(value_model))",
      "response_mask); returns = advantages + old_values",
      "value_loss explained_variance true_accuracy"),
@@ -92,7 +92,7 @@ def made(out, fault, broken, base):
         sys.exit(f"{fault.name}: its old text stands {text.count(fault.old)} times in {fault.file}")
     if broken:
         path.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for item in BASE[fault.stage]:
         (shutil.copytree if (base / item).is_dir() else shutil.copy)(base / item, folder / item)
     flags = f"{STEPS[fault.stage]} {fault.flags} --threads 1".split()
@@ -266,6 +266,7 @@ def main():
     parser.add_argument("--only", action="append", metavar="NAME", help="may be given again")
     parser.add_argument("--start", action="store_true", help="what faults do before any update")
     asked = parser.parse_args()
+    out = asked.out.resolve()
     if asked.start:
         return before_an_update(asked.base)
     for fault in FAULTS:
@@ -273,8 +274,8 @@ def main():
             continue
         if asked.base:
             for broken in (False, True):
-                made(asked.out, fault, broken, asked.base)
-        right, broken = (asked.out / folder_of(fault, is_broken) for is_broken in (False, True))
+                made(out, fault, broken, asked.base)
+        right, broken = (out / folder_of(fault, is_broken) for is_broken in (False, True))
         if not all((folder / "done").exists() for folder in (right, broken)):
             print(f"{fault.name}: not run yet")
             continue

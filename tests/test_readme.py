@@ -1,4 +1,5 @@
-"""What the README names exists: its commands start, its files and links are there.
+"""What the README and the pages in docs/ name exists: their commands start, files and links are
+there. docs/log.md tells of the past, and is left out.
 
 test_stages.py runs the main command as a whole.
 """
@@ -13,10 +14,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
+         if path.name != "log.md"}
 SCRIPTS = ("train_sft.py", "train_rm.py", "train_rl.py", "eval.py", "data/teacher.py")
 DOCSTRINGS = "".join((ROOT / name).read_text().split('"""')[1] for name in SCRIPTS)
 COMMANDS = sorted(set(re.findall(
-    r"python ((?:data/|bench/)?(?:tiny/)?\w+\.py[^`\n&|]*?)(?:   |`|\n| &)", README + DOCSTRINGS)))
+    r"python ((?:data/|bench/)?(?:tiny/)?\w+\.py[^`\n&|]*?)(?:   |`|\n| &)",
+    "".join(PAGES.values()) + DOCSTRINGS)))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -34,10 +38,15 @@ def test_the_main_commands_are_among_them():
     assert {*SCRIPTS} <= {c.split()[0] for c in COMMANDS}
 
 
-def test_files_named_in_the_readme_exist():
-    for name in re.findall(r"\]\(((?!http)[^)]+)\)", README):
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_files_that_a_page_links_to_exist(page):
+    for name in re.findall(r"\]\(((?!http)[^)#]+)", PAGES[page]):
+        assert (page.parent / name).exists(), name
+
+
+def test_the_readme_is_one_screen_and_a_bit():
+    lines = README.splitlines()
+    assert len(lines) <= 150
+    assert all(len(line) <= 100 for line in lines if not line.startswith("|"))
+    for name in re.findall(r"`((?:nanodistill|data|bench)/[\w/]+\.py)`", README):
         assert (ROOT / name).exists(), name
-    house = README.split("## The house")[1].split("`model.py`")[0]
-    for name in re.findall(r"[\w/]+\.py", house):
-        folders = ("", "nanodistill", "data", "data/tiny")
-        assert any((ROOT / folder / name).exists() for folder in folders), name

@@ -125,7 +125,7 @@ def picture(name, panels):
     yield axes[0]
     axes[0][0].legend(frameon=False)
     (ROOT / "docs" / "bugs").mkdir(exist_ok=True)
-    figure.savefig(ROOT / "docs" / "bugs" / f"{name}.png", dpi=70)
+    figure.savefig(ROOT / "docs" / "bugs" / f"{name}.png", dpi=65)
     plt.close(figure)
 
 
@@ -140,7 +140,8 @@ def draw(fault, broken, right):
 def draw_panel(ax, key, stage, broken, right):
     for folder, color, label in ((right, BLUE, "right"), (broken, RED, "broken")):
         steps, values = curve(folder, stage, key)
-        ax.plot(steps, values, "--" if folder == right else "-", color=color, label=label)
+        ax.plot(steps, values, "--" if folder == right else "-", marker=".", color=color,
+                label=label)
         lost = [step for step, value in zip(steps, values) if not math.isfinite(value)]
         if lost:
             ax.axvspan(lost[0], lost[-1], color=color, alpha=0.2, linewidth=0)
@@ -164,10 +165,10 @@ def sft_student(folder):
     if not weights.complete(folder / "sft"):
         return "none was saved"
     tokenizer, task = Tokenizer(folder / "sft"), Arithmetic(21, test=256)
-    model = weights.load(folder / "sft")
-    broken = sum(not p.isfinite().all() for p in model.parameters())
-    if broken:
-        return f"{broken} of its {len(list(model.parameters()))} tensors are not finite"
+    try:
+        model = weights.load(folder / "sft")
+    except ValueError as error:
+        return f"it is refused: {str(error)[:200]} ..."
     said = [(sample.ended, task.extract_answer(text)) for *_, text, sample in respond(
         model, tokenizer, prompts_of(task, tokenizer, task.questions("test")), n=1, temperature=1.0,
         max_new_tokens=56, seed=1)]

@@ -146,6 +146,10 @@ TABLE = [Mutation(*entry) for entry in [
     ("teacher-asks-again", "data/teacher.py", 'if q["id"] not in rows', "if True", "stages"),
     # The library: vote, reward, PPO.
     ("vote-tie-goes-first", VOTE, "len(first) == 1 and", "first and", "vote meaning"),
+    ("returns-of-whitened", RL, "response_mask, shift_mean=bool(value_model))",
+     "response_mask); returns = advantages + old_values", "method"),
+    ("retokenised", RL, "+ s.tokens for id_", "+ tokenizer.encode(tokenizer.decode(s.tokens)) + "
+     "[tokenizer.eos_ids[0]] * s.ended for id_", "method"),
     ("votes-together-by-number", VOTE, "whole // len(group)", "1", "vote meaning"),
     ("rm-second-vote-of-the-student", RM, "vote.together(said[row[\"id\"]],", "vote.together([],",
      "meaning"),

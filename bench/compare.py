@@ -10,7 +10,8 @@
 An arm is a run folder, OUT/seed-N/ARM, as the stages make it: the default run is the first, and the
 others begin from copies of what they share with it. What is finished is not done again, so the same
 command goes on after Ctrl-C, and seeds may run side by side, each by a command of its own. In the
-end compare.json and a table are made from all arms that lie there, `--picture` draws them.
+end OUT/algorithms.json (budget.json, ...) and tables are made from all arms that lie there,
+`--picture` draws them.
 
 Gold answers and random numbers as rewards come in here alone, as functions given to train_rl.py.
 docs/results.md has what came of it.
@@ -24,6 +25,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,7 +127,8 @@ def whole(*flags):
     """Arm.train of a run of its own, all stages."""
     def train(folder, base, args):
         train_rl.main([*common(args, folder), "--seed", str(args.seed),
-                       *(SMALL if args.small else []), *flags])
+                       *(SMALL if args.small else []),
+                       *(grouped(args) if "rloo" in flags else []), *flags])
     return train
 
 
@@ -230,12 +233,15 @@ def sampled(base, args, name, model):
     questions = [q for q in task.questions("train") if q["id"] in rows]
     n = round((20 * 256 if args.small else 60 * 512) / len(questions))
     path = base.parent / f"{name}.jsonl"
+    there = len(files.read_jsonl(path))
     torch.manual_seed(config.seed + 2**20)               # other samples than the teacher stage's
     sampler = local(weights.load(model), Tokenizer(model, config.date), task,
                     config.max_new_tokens, 256)
-    metrics = run.Metrics(base.parent, name)
+    begun = time.monotonic()
     rows = collect(path, questions, task, sampler, [1.0] * n, name)
-    metrics(0, seconds=metrics.seconds())
+    # Only the first arm has to wait for them.
+    if there < len(questions):
+        run.Metrics(base.parent, name)(0, seconds=time.monotonic() - begun)
     return rows
 
 
@@ -374,7 +380,7 @@ ARMS = {
         for kind, arm in {
             "model": Arm(f"{n} questions asked, reward model", whole(
                 *TEACHERS, "--teacher.questions", str(n), "--sft.epochs", str(epochs),
-                "--algorithm", "rloo", "--samples", "4", "--prompts", "128"), ""),
+                "--algorithm", "rloo"), ""),
             "vote": Arm(f"{n} questions asked, vote", BY_VOTE.train, f"{n}-model"),
             "all": Arm(f"{n} questions asked, reward model on all", rl(
                 "rloo", change=more_questions, reward=learned), f"{n}-model")}.items()},
@@ -565,6 +571,8 @@ def overoptimised(root, results, plt):
     fits = {}
     for (what, rows), color in zip(curves.items(), plt.cm.viridis(np.linspace(0, 0.9, 6))):
         width = 1 if "n =" in what else 5                       # steps are noisy
+        if len(rows) < width:                                    # this seed has no such arm yet
+            continue
         for axis, key in zip(axes, ("score", "true_accuracy")):
             d, y = (np.convolve([f(row) for row in rows], np.ones(width) / width, "valid")
                     for f in (lambda row: math.sqrt(max(row["kl"], 0)), lambda row, k=key: row[k]))
@@ -588,6 +596,16 @@ def overoptimised(root, results, plt):
 
 # ---- the command ----
 
+def needed(arms, names):
+    """The arms of these names, and those that they begin from, which come first in ARMS too."""
+    found = set()
+    for name in names:
+        while name:
+            found.add(name)
+            name = arms[name].base
+    return {name: arm for name, arm in arms.items() if name in found}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("what", choices=[*ARMS], help="the arms")
@@ -602,8 +620,11 @@ def main():
     parser.add_argument("--arm", help=argparse.SUPPRESS)     # of this process alone
     args = parser.parse_args()
     root = args.out or Path("out/compare-small" if args.small else "out/compare")
-    arms = {name: arm for name, arm in {**{"ppo-model": FIRST}, **ARMS[args.what]}.items()
-            if not args.arms or name in args.arms.split(",") or name == "ppo-model"}
+    arms = ARMS[args.what]
+    unknown = {*filter(None, args.arms.split(","))} - arms.keys()
+    if unknown:
+        parser.error(f"--arms {', '.join(sorted(unknown))}: {args.what} has {', '.join(arms)}")
+    arms = needed(arms, args.arms.split(",") if args.arms else arms)
     seeds = [int(seed) for seed in args.seeds.split(",")]
     if args.arm:
         args.seed, = seeds

@@ -91,3 +91,37 @@ def test_judged_reads_what_eval_wrote(tmp_path):
     found = compare.judged(tmp_path / "rl.jsonl", {"a": "4", "b": "2"})
     assert found["greedy"] == {"a": 1.0, "b": 0.0}
     assert found["mean"] == {"a": 0.5, "b": 0.0} and found["pass"] == {"a": 1.0, "b": 0.0}
+
+
+@pytest.mark.parametrize("what", compare.ARMS)
+def test_what_an_arm_begins_from_comes_before_it(what):
+    names = [*compare.ARMS[what]]
+    for name, arm in compare.ARMS[what].items():
+        assert not arm.base or arm.base in names[:names.index(name)]
+
+
+def test_arms_named_bring_those_that_they_begin_from():
+    arms = compare.ARMS["algorithms"]
+    assert [*compare.needed(arms, ["rloo-both"])] == ["ppo-model", "ppo-both", "rloo-both"]
+    assert [*compare.needed(compare.ARMS["budget"], ["500-all"])] == ["500-model", "500-all"]
+
+
+def test_shared_samples_cost_what_the_first_arm_waited(tmp_path, monkeypatch):
+    base = folder_of(tmp_path / "base", ["5", "2", "3"])
+    task = type("Task", (), {"questions": lambda self, split: [{"id": i} for i in "012"]})()
+    config = type("Config", (), {"seed": 1, "date": "2026-01-31", "max_new_tokens": 8})()
+
+    def collect(path, questions, *_):
+        if not path.exists():
+            compare.write_rows(path, questions)
+        return compare.files.read_jsonl(path)
+    for name, value in {"task_of": lambda base: (task, config), "collect": collect,
+                        "local": lambda *_: None, "Tokenizer": lambda *_: None}.items():
+        monkeypatch.setattr(compare, name, value)
+    monkeypatch.setattr(compare.weights, "load", lambda *_: None)
+    clock = iter([0.0, 30.0, 40.0, 40.5])
+    monkeypatch.setattr(compare, "time", type("Time", (), {"monotonic": lambda: next(clock)}))
+    args = type("Args", (), {"small": True})()
+    for _ in range(2):
+        compare.sampled(base, args, "sft-samples", "model")
+    assert compare.seconds_of(tmp_path, ["sft-samples"]) == 30.0

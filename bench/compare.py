@@ -111,12 +111,11 @@ def common(args, folder):
 
 def rl(algorithm, *flags, brings=SCORED, reward=None, change=None):
     """Arm.train of RL. reward: (folder, base) -> a function as train_rl.main takes it. change:
-    (folder, base) -> None, what else to do to the folder before."""
+    (folder, base) -> None, what else to do to the folder before, at each start."""
     def train(folder, base, args):
         begin(base, folder, *brings)
-        if change and not (folder / "changed").exists():
+        if change:
             change(folder, base)
-            files.write_atomic(folder / "changed", "")
         train_rl.main([*common(args, folder), "--algorithm", algorithm,
                        *(grouped(args) if algorithm != "ppo" else []), *flags],
                       reward and reward(folder, base))
@@ -182,7 +181,7 @@ class Twice(Arithmetic):
 
 def more_questions(folder, base):
     """A line without a vote for each training question that the teacher was not asked."""
-    rows = files.read_jsonl(folder / "labels.jsonl")
+    rows = files.read_jsonl(base / "labels.jsonl")
     task, known = task_of(base)[0], {row["id"] for row in rows}
     if {q["id"] for q in task.questions("train")} <= known:
         data.TASKS["arithmetic"] = Twice
@@ -193,18 +192,27 @@ def more_questions(folder, base):
 
 
 def wrong_votes(share):
-    """-> change: the votes of a `share` of the questions become another answer, one that the
-    teacher gave if there is one."""
+    """-> change: for a `share` of the votes another answer takes the vote's place in the teacher's
+    responses, and the vote's that one's: votes, labels, and votes with the student follow. (Those
+    of which the teacher never says another stay.)"""
     def change(folder, base):
         rng = random.Random(f"wrong votes {share}")
-        said = {row["id"]: [r["answer"] for r in row["responses"]]
-                for row in files.read_jsonl(folder / "teacher.jsonl")}
-        rows = files.read_jsonl(folder / "labels.jsonl")
+        asked, rows = (files.read_jsonl(base / name) for name in ("teacher.jsonl", "labels.jsonl"))
+        said, others = {row["id"]: row for row in asked}, {}
         for row in rows:
-            if row["vote"] is not None and rng.random() < share:
-                others = [a for a in said[row["id"]] if a not in (None, row["vote"])]
-                row["vote"] = rng.choice(others) if others else str(int(row["vote"]) + 1)
-                row["labels"] = [a == row["vote"] for a in said[row["id"]]]
+            others[row["id"]] = [r["answer"] for r in said[row["id"]]["responses"]
+                                 if r["answer"] not in (None, row["vote"]) and row["vote"]]
+        able, voted = [row for row in rows if others[row["id"]]], sum(bool(r["vote"]) for r in rows)
+        for row in rng.sample(able, min(round(share * voted), len(able))):
+            responses, wrong = said[row["id"]]["responses"], rng.choice(others[row["id"]])
+            swapped = {row["vote"]: wrong, wrong: row["vote"]}
+            by_answer = {a: [r for r in responses if r["answer"] == a] for a in swapped}
+            responses = [{**rng.choice(by_answer[swapped[r["answer"]]]),
+                          "temperature": r["temperature"]} if r["answer"] in swapped else r
+                         for r in responses]
+            said[row["id"]]["responses"], row["vote"] = responses, wrong
+            row["labels"] = [r["answer"] == wrong for r in responses]
+        write_rows(folder / "teacher.jsonl", asked)
         write_rows(folder / "labels.jsonl", rows)
     return change
 

@@ -49,7 +49,8 @@ def folder_of(path, votes):
     path.mkdir()
     answers = [["5", "5", "7", None], ["2", "2", "2", "2"], ["1", "3", "3", "3"]]
     compare.write_rows(path / "teacher.jsonl", [
-        {"id": str(i), "responses": [{"answer": a} for a in row]}
+        {"id": str(i), "responses": [{"answer": a, "text": f"so {a}", "temperature": j}
+                                     for j, a in enumerate(row)]}
         for i, row in enumerate(answers)])
     compare.write_rows(path / "labels.jsonl", [
         {"id": str(i), "vote": vote, "labels": [a == vote for a in row]}
@@ -57,20 +58,27 @@ def folder_of(path, votes):
     return path
 
 
-def rows_of(path):
-    return [json.loads(line) for line in (path / "labels.jsonl").read_text().splitlines()]
+def rows_of(path, name="labels.jsonl"):
+    return [json.loads(line) for line in (path / name).read_text().splitlines()]
 
 
-def test_wrong_votes_are_other_answers_and_relabel_the_responses(tmp_path):
-    folder = folder_of(tmp_path / "arm", ["5", "2", None])
-    compare.wrong_votes(0.0)(folder, None)
+def test_wrong_votes_are_what_the_teacher_says_then(tmp_path):
+    base, folder = folder_of(tmp_path / "base", ["5", "2", None]), tmp_path / "arm"
+    folder.mkdir()
+    compare.wrong_votes(0.0)(folder, base)
     assert [row["vote"] for row in rows_of(folder)] == ["5", "2", None]
-    compare.wrong_votes(1.0)(folder, None)
-    first, second, none = rows_of(folder)
-    assert first["vote"] == "7" and first["labels"] == [False, False, True, False]
-    # The teacher gave no other answer.
-    assert second["vote"] == "3" and second["labels"] == [False] * 4
-    assert none["vote"] is None
+    # A resumed arm does it once more.
+    for _ in range(2):
+        compare.wrong_votes(1.0)(folder, base)
+        # Of the second the teacher gave no other answer, the third has no vote.
+        first, *rest = rows_of(folder)
+        assert first["vote"] == "7" and first["labels"] == [True, True, False, False]
+        assert rest == rows_of(base)[1:]
+        said, *rest = rows_of(folder, "teacher.jsonl")
+        assert said["responses"] == [
+            {"answer": a, "text": f"so {a}", "temperature": j}
+            for j, a in enumerate(["7", "7", "5", None])]
+        assert rest == rows_of(base, "teacher.jsonl")[1:]
 
 
 def test_a_response_is_chosen_by_vote_or_not_at_all(tmp_path):

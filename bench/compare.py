@@ -10,7 +10,8 @@
 An arm is a run folder, OUT/seed-N/ARM, as the stages make it: the default run is the first, and the
 others begin from copies of what they share with it. What is finished is not done again, so the same
 command goes on after Ctrl-C, and seeds may run side by side, each by a command of its own. In the
-end compare.json and a table are made from all arms that lie there, `--picture` draws them.
+end OUT/algorithms.json (budget.json, ...) and tables are made from all arms that lie there,
+`--picture` draws them.
 
 Gold answers and random numbers as rewards come in here alone, as functions given to train_rl.py.
 docs/results.md has what came of it.
@@ -24,6 +25,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,12 +111,11 @@ def common(args, folder):
 
 def rl(algorithm, *flags, brings=SCORED, reward=None, change=None):
     """Arm.train of RL. reward: (folder, base) -> a function as train_rl.main takes it. change:
-    (folder, base) -> None, what else to do to the folder before."""
+    (folder, base) -> None, what else to do to the folder before, at each start."""
     def train(folder, base, args):
         begin(base, folder, *brings)
-        if change and not (folder / "changed").exists():
+        if change:
             change(folder, base)
-            files.write_atomic(folder / "changed", "")
         train_rl.main([*common(args, folder), "--algorithm", algorithm,
                        *(grouped(args) if algorithm != "ppo" else []), *flags],
                       reward and reward(folder, base))
@@ -125,7 +126,8 @@ def whole(*flags):
     """Arm.train of a run of its own, all stages."""
     def train(folder, base, args):
         train_rl.main([*common(args, folder), "--seed", str(args.seed),
-                       *(SMALL if args.small else []), *flags])
+                       *(SMALL if args.small else []),
+                       *(grouped(args) if "rloo" in flags else []), *flags])
     return train
 
 
@@ -179,7 +181,7 @@ class Twice(Arithmetic):
 
 def more_questions(folder, base):
     """A line without a vote for each training question that the teacher was not asked."""
-    rows = files.read_jsonl(folder / "labels.jsonl")
+    rows = files.read_jsonl(base / "labels.jsonl")
     task, known = task_of(base)[0], {row["id"] for row in rows}
     if {q["id"] for q in task.questions("train")} <= known:
         data.TASKS["arithmetic"] = Twice
@@ -190,18 +192,27 @@ def more_questions(folder, base):
 
 
 def wrong_votes(share):
-    """-> change: the votes of a `share` of the questions become another answer, one that the
-    teacher gave if there is one."""
+    """-> change: for a `share` of the votes another answer takes the vote's place in the teacher's
+    responses, and the vote's that one's: votes, labels, and votes with the student follow. (Those
+    of which the teacher never says another stay.)"""
     def change(folder, base):
         rng = random.Random(f"wrong votes {share}")
-        said = {row["id"]: [r["answer"] for r in row["responses"]]
-                for row in files.read_jsonl(folder / "teacher.jsonl")}
-        rows = files.read_jsonl(folder / "labels.jsonl")
+        asked, rows = (files.read_jsonl(base / name) for name in ("teacher.jsonl", "labels.jsonl"))
+        said, others = {row["id"]: row for row in asked}, {}
         for row in rows:
-            if row["vote"] is not None and rng.random() < share:
-                others = [a for a in said[row["id"]] if a not in (None, row["vote"])]
-                row["vote"] = rng.choice(others) if others else str(int(row["vote"]) + 1)
-                row["labels"] = [a == row["vote"] for a in said[row["id"]]]
+            others[row["id"]] = [r["answer"] for r in said[row["id"]]["responses"]
+                                 if r["answer"] not in (None, row["vote"]) and row["vote"]]
+        able, voted = [row for row in rows if others[row["id"]]], sum(bool(r["vote"]) for r in rows)
+        for row in rng.sample(able, min(round(share * voted), len(able))):
+            responses, wrong = said[row["id"]]["responses"], rng.choice(others[row["id"]])
+            swapped = {row["vote"]: wrong, wrong: row["vote"]}
+            by_answer = {a: [r for r in responses if r["answer"] == a] for a in swapped}
+            responses = [{**rng.choice(by_answer[swapped[r["answer"]]]),
+                          "temperature": r["temperature"]} if r["answer"] in swapped else r
+                         for r in responses]
+            said[row["id"]]["responses"], row["vote"] = responses, wrong
+            row["labels"] = [r["answer"] == wrong for r in responses]
+        write_rows(folder / "teacher.jsonl", asked)
         write_rows(folder / "labels.jsonl", rows)
     return change
 
@@ -230,12 +241,15 @@ def sampled(base, args, name, model):
     questions = [q for q in task.questions("train") if q["id"] in rows]
     n = round((20 * 256 if args.small else 60 * 512) / len(questions))
     path = base.parent / f"{name}.jsonl"
+    there = len(files.read_jsonl(path))
     torch.manual_seed(config.seed + 2**20)               # other samples than the teacher stage's
     sampler = local(weights.load(model), Tokenizer(model, config.date), task,
                     config.max_new_tokens, 256)
-    metrics = run.Metrics(base.parent, name)
+    begun = time.monotonic()
     rows = collect(path, questions, task, sampler, [1.0] * n, name)
-    metrics(0, seconds=metrics.seconds())
+    # Only the first arm has to wait for them.
+    if there < len(questions):
+        run.Metrics(base.parent, name)(0, seconds=time.monotonic() - begun)
     return rows
 
 
@@ -374,7 +388,7 @@ ARMS = {
         for kind, arm in {
             "model": Arm(f"{n} questions asked, reward model", whole(
                 *TEACHERS, "--teacher.questions", str(n), "--sft.epochs", str(epochs),
-                "--algorithm", "rloo", "--samples", "4", "--prompts", "128"), ""),
+                "--algorithm", "rloo"), ""),
             "vote": Arm(f"{n} questions asked, vote", BY_VOTE.train, f"{n}-model"),
             "all": Arm(f"{n} questions asked, reward model on all", rl(
                 "rloo", change=more_questions, reward=learned), f"{n}-model")}.items()},
@@ -565,6 +579,8 @@ def overoptimised(root, results, plt):
     fits = {}
     for (what, rows), color in zip(curves.items(), plt.cm.viridis(np.linspace(0, 0.9, 6))):
         width = 1 if "n =" in what else 5                       # steps are noisy
+        if len(rows) < width:                                    # this seed has no such arm yet
+            continue
         for axis, key in zip(axes, ("score", "true_accuracy")):
             d, y = (np.convolve([f(row) for row in rows], np.ones(width) / width, "valid")
                     for f in (lambda row: math.sqrt(max(row["kl"], 0)), lambda row, k=key: row[k]))
@@ -588,6 +604,16 @@ def overoptimised(root, results, plt):
 
 # ---- the command ----
 
+def needed(arms, names):
+    """The arms of these names, and those that they begin from, which come first in ARMS too."""
+    found = set()
+    for name in names:
+        while name:
+            found.add(name)
+            name = arms[name].base
+    return {name: arm for name, arm in arms.items() if name in found}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("what", choices=[*ARMS], help="the arms")
@@ -602,8 +628,11 @@ def main():
     parser.add_argument("--arm", help=argparse.SUPPRESS)     # of this process alone
     args = parser.parse_args()
     root = args.out or Path("out/compare-small" if args.small else "out/compare")
-    arms = {name: arm for name, arm in {**{"ppo-model": FIRST}, **ARMS[args.what]}.items()
-            if not args.arms or name in args.arms.split(",") or name == "ppo-model"}
+    arms = ARMS[args.what]
+    unknown = {*filter(None, args.arms.split(","))} - arms.keys()
+    if unknown:
+        parser.error(f"--arms {', '.join(sorted(unknown))}: {args.what} has {', '.join(arms)}")
+    arms = needed(arms, args.arms.split(",") if args.arms else arms)
     seeds = [int(seed) for seed in args.seeds.split(",")]
     if args.arm:
         args.seed, = seeds

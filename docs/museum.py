@@ -1,6 +1,6 @@
 """The runs and pictures of docs/bugs.md: the tiny run with one line broken, beside the right one.
 
-    python train_rl.py --seed 21 --out out/s21                      what the faults start from
+    python train_rl.py --seed 21 --rm.rm-votes teacher --out out/s21    what the faults start from
     python docs/museum.py --base out/s21 --out out/museum           all runs, a few minutes
     python docs/museum.py --base out/s21 --out out/museum --only kl-sign
     python docs/museum.py --out out/museum                          pictures of the runs there

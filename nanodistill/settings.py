@@ -390,8 +390,11 @@ def save(folder, stage, configs):
     for s, config in configs.items():
         # Of a stage that made something, but has no section, the settings are not known.
         if s == stage or s in saved or not made(folder, s):
-            saved[s] = {k: v for k, v in vars(config).items()
-                        if k not in ("out", "dry_run", "gpus")}
+            # What was made before there was a flag was not made by its default of today.
+            done = s != stage and s in saved and all(
+                begun(Path(folder) / name) for name in MADE.get(s, (s,)))
+            saved[s] = {k: v for k, v in vars(config).items() if k not in (
+                "out", "dry_run", "gpus") and (not done or k in saved[s])}
     write_atomic(Path(folder) / "settings.json", json.dumps(saved, indent=1) + "\n")
 
 

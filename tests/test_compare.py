@@ -49,7 +49,8 @@ def folder_of(path, votes):
     path.mkdir()
     answers = [["5", "5", "7", None], ["2", "2", "2", "2"], ["1", "3", "3", "3"]]
     compare.write_rows(path / "teacher.jsonl", [
-        {"id": str(i), "responses": [{"answer": a} for a in row]}
+        {"id": str(i), "responses": [{"answer": a, "text": f"so {a}", "temperature": j}
+                                     for j, a in enumerate(row)]}
         for i, row in enumerate(answers)])
     compare.write_rows(path / "labels.jsonl", [
         {"id": str(i), "vote": vote, "labels": [a == vote for a in row]}
@@ -57,20 +58,27 @@ def folder_of(path, votes):
     return path
 
 
-def rows_of(path):
-    return [json.loads(line) for line in (path / "labels.jsonl").read_text().splitlines()]
+def rows_of(path, name="labels.jsonl"):
+    return [json.loads(line) for line in (path / name).read_text().splitlines()]
 
 
-def test_wrong_votes_are_other_answers_and_relabel_the_responses(tmp_path):
-    folder = folder_of(tmp_path / "arm", ["5", "2", None])
-    compare.wrong_votes(0.0)(folder, None)
+def test_wrong_votes_are_what_the_teacher_says_then(tmp_path):
+    base, folder = folder_of(tmp_path / "base", ["5", "2", None]), tmp_path / "arm"
+    folder.mkdir()
+    compare.wrong_votes(0.0)(folder, base)
     assert [row["vote"] for row in rows_of(folder)] == ["5", "2", None]
-    compare.wrong_votes(1.0)(folder, None)
-    first, second, none = rows_of(folder)
-    assert first["vote"] == "7" and first["labels"] == [False, False, True, False]
-    # The teacher gave no other answer.
-    assert second["vote"] == "3" and second["labels"] == [False] * 4
-    assert none["vote"] is None
+    # A resumed arm does it once more.
+    for _ in range(2):
+        compare.wrong_votes(1.0)(folder, base)
+        # Of the second the teacher gave no other answer, the third has no vote.
+        first, *rest = rows_of(folder)
+        assert first["vote"] == "7" and first["labels"] == [True, True, False, False]
+        assert rest == rows_of(base)[1:]
+        said, *rest = rows_of(folder, "teacher.jsonl")
+        assert said["responses"] == [
+            {"answer": a, "text": f"so {a}", "temperature": j}
+            for j, a in enumerate(["7", "7", "5", None])]
+        assert rest == rows_of(base, "teacher.jsonl")[1:]
 
 
 def test_a_response_is_chosen_by_vote_or_not_at_all(tmp_path):
@@ -91,3 +99,37 @@ def test_judged_reads_what_eval_wrote(tmp_path):
     found = compare.judged(tmp_path / "rl.jsonl", {"a": "4", "b": "2"})
     assert found["greedy"] == {"a": 1.0, "b": 0.0}
     assert found["mean"] == {"a": 0.5, "b": 0.0} and found["pass"] == {"a": 1.0, "b": 0.0}
+
+
+@pytest.mark.parametrize("what", compare.ARMS)
+def test_what_an_arm_begins_from_comes_before_it(what):
+    names = [*compare.ARMS[what]]
+    for name, arm in compare.ARMS[what].items():
+        assert not arm.base or arm.base in names[:names.index(name)]
+
+
+def test_arms_named_bring_those_that_they_begin_from():
+    arms = compare.ARMS["algorithms"]
+    assert [*compare.needed(arms, ["rloo-both"])] == ["ppo-model", "ppo-both", "rloo-both"]
+    assert [*compare.needed(compare.ARMS["budget"], ["500-all"])] == ["500-model", "500-all"]
+
+
+def test_shared_samples_cost_what_the_first_arm_waited(tmp_path, monkeypatch):
+    base = folder_of(tmp_path / "base", ["5", "2", "3"])
+    task = type("Task", (), {"questions": lambda self, split: [{"id": i} for i in "012"]})()
+    config = type("Config", (), {"seed": 1, "date": "2026-01-31", "max_new_tokens": 8})()
+
+    def collect(path, questions, *_):
+        if not path.exists():
+            compare.write_rows(path, questions)
+        return compare.files.read_jsonl(path)
+    for name, value in {"task_of": lambda base: (task, config), "collect": collect,
+                        "local": lambda *_: None, "Tokenizer": lambda *_: None}.items():
+        monkeypatch.setattr(compare, name, value)
+    monkeypatch.setattr(compare.weights, "load", lambda *_: None)
+    clock = iter([0.0, 30.0, 40.0, 40.5])
+    monkeypatch.setattr(compare, "time", type("Time", (), {"monotonic": lambda: next(clock)}))
+    args = type("Args", (), {"small": True})()
+    for _ in range(2):
+        compare.sampled(base, args, "sft-samples", "model")
+    assert compare.seconds_of(tmp_path, ["sft-samples"]) == 30.0

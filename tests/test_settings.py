@@ -227,6 +227,24 @@ def test_the_vote_may_be_taken_anew_until_something_was_trained_on_it(tmp_path):
     assert "labels.jsonl: --min-agreement was 0.4, not 0.9" in message
 
 
+def test_what_was_made_before_there_was_a_flag_is_not_said_to_be_made_with_it(tmp_path):
+    """A reward model of the teacher's vote alone stays one, where the default is another now."""
+    def saved():
+        return json.loads((tmp_path / "settings.json").read_text())
+    settings.save(tmp_path, "rl", parse(out=tmp_path))
+    older = saved()
+    del older["rm"]["rm_votes"]
+    (tmp_path / "settings.json").write_text(json.dumps(older))
+    (tmp_path / "student.jsonl").write_text("{}\n")
+    settings.save(tmp_path, "rl", parse("--rm.rm-votes", "teacher", out=tmp_path))
+    assert saved()["rm"]["rm_votes"] == "teacher"                # it is not made yet
+    (tmp_path / "settings.json").write_text(json.dumps(older))
+    (tmp_path / "rm").mkdir()
+    (tmp_path / "rm" / "config.json").write_text("{}")
+    settings.save(tmp_path, "rl", parse("--steps", "3", out=tmp_path))
+    assert "rm_votes" not in saved()["rm"] and saved()["rl"]["steps"] == 3
+
+
 def test_an_unreadable_settings_file_is_named(tmp_path):
     for text in ("{", "[1]", '{"rl": 3}'):
         (tmp_path / "settings.json").write_text(text)

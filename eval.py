@@ -185,6 +185,11 @@ def main(argv=None):
         row["id"]: row for row in files.read_jsonl(folder / "labels.jsonl", "id", "vote")}
     votes = {id_: row["vote"] for id_, row in labels.items() if row["vote"] is not None}
     scored = not config.models and weights.complete(folder / "rm")
+    # A reward model is judged by the vote that it has learned.
+    second = second_vote(folder) if scored and settings.load(folder).get("rm", {}).get(
+        "rm_votes") == "both" else []
+    if second:
+        votes = {row["id"]: row["vote"] for row in second if row["vote"] is not None}
     held_out = [q for q in (task.questions("train") if labels else [])
                 if run.held_out(q["id"]) and q["id"] in votes]
 
@@ -220,8 +225,8 @@ def main(argv=None):
     # ---- 5. the vote, PPO, the durations ----
     if labels:
         report["votes"] = vote_figures(task, labels.values(), task.gold("train"))
-        if scored and settings.load(folder).get("rm", {}).get("rm_votes") == "both":
-            report["votes"]["both"] = vote_figures(task, second_vote(folder), task.gold("train"))
+        if second:
+            report["votes"]["both"] = vote_figures(task, second, task.gold("train"))
     steps = [row for row in run.read_metrics(folder, "rl").values() if "score" in row]
     if steps:
         report["ppo"] = ppo_figures(steps)

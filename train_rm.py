@@ -12,7 +12,8 @@ HF folder. PPO will ask for scores of what the *student* writes: hence its respo
 
 The paper's vote is the teacher's. With --rm-votes both the question is voted on once more, by the
 teacher's and the student's answers, each side with the same say: where SFT has made the student
-better than its teacher, fewer votes are wrong (docs/results.md).
+better than its teacher, fewer votes are wrong (docs/results.md). What ties then is left out;
+--teacher.min-agreement is of the first vote alone.
 
 What to look at: AUC on held-out student responses (0.5 is chance, 1 ranks every good response above
 every bad one); its calibration (sigmoid(score) is a probability: of the responses with 0.8, about

@@ -408,7 +408,9 @@ ARMS = {
            for name, what, flags in (
                ("teacher", "teacher's responses alone", ["--rm.rm-data", "teacher"]),
                ("student", "student's responses alone", ["--rm.rm-data", "student"]),
-               ("bt", "Bradley-Terry", ["--rm.rm-loss", "bt"]),
+               # Its scores have no zero, which a probability needs.
+               ("bt", "Bradley-Terry", ["--rm.rm-loss", "bt", "--score", "logit",
+                                        "--whiten-scores"]),
                ("last", "the last token alone", ["--rm.token-loss", "0"]),
                ("epochs", "two passes", ["--rm.epochs", "2"]),
                ("samples", "12 responses of the student a question", ["--rm.samples", "12"]))}},

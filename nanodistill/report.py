@@ -81,8 +81,8 @@ def votes(v):
              f"{v['agreement']:.1%}{gold}"]
     if "both" in v:
         right = f"; right by gold {v['both']['accuracy']:.1%}" if "accuracy" in v["both"] else ""
-        lines += ["", "The reward model's labels are of the vote of the teacher and the SFT "
-                  f"student, each with half the say: {v['both']['kept']:.1%} of these kept{right}."]
+        lines += ["", "The reward model's labels are of a second vote on these, with half the say "
+                  f"for the SFT student: {v['both']['kept']:.1%} of them have one{right}."]
     return lines
 
 

@@ -200,7 +200,7 @@ def tracking(folder, stage):
     """-> track(**values), which hands them to the module of --tracker, under the keys STAGE/KEY.
 
     The first begins a run named FOLDER/STAGE there, which is finished when this process ends,
-    however it does. Steps go as values only: a resumed stage does some again, and trackers want
+    unless it is killed. Steps go as values only: a resumed stage does some again, and trackers want
     them to rise. What the module raises is said once, and nothing more is handed to it.
     """
     config = settings.load(folder).get(stage, {})

@@ -157,7 +157,7 @@ def second_vote(folder):
     theirs, its = ({row["id"]: [r["answer"] for r in row["responses"]]
                     for row in files.read_jsonl(folder / file, "id", "responses")}
                    for file in FILES.values())
-    votes = {id_: vote.together(theirs[id_], its[id_]) for id_ in theirs.keys() & its.keys()}
+    votes = {id_: vote.together(theirs[id_], its[id_]) for id_ in its if id_ in theirs}
     return [{"id": id_, "vote": v.answer, "agreement": v.agreement, "n": v.n}
             for id_, v in votes.items()]
 

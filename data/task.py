@@ -12,6 +12,7 @@ Stages read gold answers through `gold` alone. `questions` carries none, so that
 trains gets one with its questions.
 """
 
+import argparse
 import sys
 
 
@@ -85,8 +86,10 @@ class Task:
 
 def show(Kind):
     """`python data/<task>.py [DATA]`: the splits' sizes; a question, its prompt and its gold."""
+    parser = argparse.ArgumentParser(description="The splits' sizes; a question, its prompt, gold.")
+    parser.add_argument("data", nargs="?", default="", help="own rows, as --data of the stages")
     try:
-        task = Kind(data="".join(sys.argv[1:2]))
+        task = Kind(data=parser.parse_args().data)
         rows = {split: task.rows(split) for split in ("train", "test")}
     except (OSError, ValueError, ImportError) as error:
         sys.exit(str(error))

@@ -70,7 +70,7 @@ def main(argv=None):
     sys.stdout.reconfigure(errors="replace")
     try:
         device = fit.pick_device(args.device)
-        model, tokenizer = load(args.folder, device, fit.pick_dtype(args.dtype, device))
+        model, tokenizer = open_model(args.folder, device, fit.pick_dtype(args.dtype, device))
         for i, question in enumerate(questions(args.question)):
             asked += 1
             answer(model, tokenizer, question, str(i), args)
@@ -82,7 +82,7 @@ def main(argv=None):
         sys.exit("no question came on standard input")
 
 
-def load(folder, device, dtype):
+def open_model(folder, device, dtype):
     """-> (model, tokenizer). Raises ValueError, OSError: it can't be."""
     if not (folder / "config.json").exists():
         inside = [str(path.parent) for path in sorted(folder.glob("*/config.json"))]

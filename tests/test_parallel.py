@@ -36,7 +36,7 @@ COMMON = ["--questions", "40", "--threads", "1", "--seed", "3", "--date", "2026-
 FLAGS = {"teacher": ["--samples", "4"],
          "sft": ["--epochs", "1", "--batch-size", "7"],
          "rm": ["--samples", "2", "--batch-size", "9", "--evals", "2", "--optimizer", "adamw",
-                "--learning-rate", "1e-3"],
+                "--learning-rate", "1e-3", "--rm-votes", "teacher"],
          "rl": ["--steps", "3", "--prompts", "20", "--ppo-epochs", "2"],
          "eval": ["--samples", "2"]}
 STAGES = ("teacher", "sft", "rm", "rl", "eval")

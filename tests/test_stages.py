@@ -100,7 +100,8 @@ def test_report(finished, tmp_path):
     for by in found["reward_model"]["within"].values():
         assert set(by) == {"reward_model", "vote"}
         assert all(0 <= f["alike"] <= 1 for f in by.values())
-    assert set(found["votes"]) == {"kept", "agreement", "accuracy"}
+    assert set(found["votes"]) == {"kept", "agreement", "accuracy", "both"}
+    assert set(found["votes"]["both"]) == {"kept", "agreement", "accuracy"}
     assert set(found["seconds"]) == {"teacher", "sft", "rm", "rl", "eval"}
     assert "| rl | " in (finished / "report.md").read_text()
     # Drawn anew elsewhere, page and pictures are those that the evaluation left.
@@ -624,7 +625,7 @@ def test_ppo_scores_a_response_with_the_stop_token_that_the_reward_model_knows(
 
 def test_an_evaluation_goes_on_with_the_samples_that_are_there(finished, tmp_path, monkeypatch):
     out = copy(finished, tmp_path / "run", "labels.jsonl", "student.jsonl", "teacher.jsonl", "sft",
-               "rm", "rl", "samples", "metrics.jsonl")
+               "rm", "rl", "samples", "metrics.jsonl", "settings.json")
     monkeypatch.setattr(generate, "generate", lambda model, prompts, **_: iter(
         [] if not prompts else pytest.fail("asked again")))
     evaluation.main([*COMMON, *out])

@@ -4,6 +4,7 @@ there. docs/log.md tells of the past, and is left out.
 test_stages.py runs the main command as a whole.
 """
 
+import importlib
 import re
 import subprocess
 import sys
@@ -42,6 +43,29 @@ def test_the_main_commands_are_among_them():
 def test_files_that_a_page_links_to_exist(page):
     for name in re.findall(r"\]\(((?!http)[^)#]+)", PAGES[page]):
         assert (page.parent / name).exists(), name
+
+
+def test_the_five_lines_run_beside_a_copied_file(tmp_path):
+    start = README.index("    from ppo import")
+    lines = [line[4:] for line in README[start:README.index("## Status")].splitlines()]
+    (tmp_path / "ppo.py").write_bytes((ROOT / "nanodistill" / "ppo.py").read_bytes())
+    (tmp_path / "five.py").write_text("\n".join([
+        "import torch", "mask = torch.tensor([[True] * 3, [True, True, False]])",
+        "scores = torch.randn(2)",
+        "logprobs, ref_logprobs, values = torch.randn(3, 2, 3)",
+        "new_logprobs = logprobs.clone().requires_grad_()", *lines,
+        "assert new_logprobs.grad[mask].all() and not new_logprobs.grad[~mask].any()"]))
+    done = subprocess.run([sys.executable, "five.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_the_table_of_copies_calls_is_there():
+    rows = re.findall(r"^\| `nanodistill/(\w+)\.py` \| \w* *\| (.*) \|$", README, re.M)
+    assert len(rows) == 10
+    for file, calls in rows:
+        module = importlib.import_module(f"nanodistill.{file}")
+        for name in re.findall(r"`(\w+)", calls):
+            assert hasattr(module, name), (file, name)
 
 
 def test_the_readme_is_one_screen_and_a_bit():

@@ -133,3 +133,35 @@ def test_shared_samples_cost_what_the_first_arm_waited(tmp_path, monkeypatch):
     for _ in range(2):
         compare.sampled(base, args, "sft-samples", "model")
     assert compare.seconds_of(tmp_path, ["sft-samples"]) == 30.0
+
+
+def test_figures_of_an_arm_are_above_or_below_its_own_sft_student(tmp_path):
+    """Four test questions. SFT has one greedy answer right, the arm three; of two samples each SFT
+    has one of eight right, the arm five."""
+    base, arm = tmp_path / "base", tmp_path / "arm"
+    settings = {"task": "arithmetic", "seed": 3, "data": "", "student": "tiny", "teacher": "tiny"}
+    for folder in (base, arm):
+        (folder / "samples").mkdir(parents=True)
+    (base / "settings.json").write_text(json.dumps({"sft": settings}))
+    gold = [*compare.task_of(base)[0].gold("test").items()][:4]
+    said = {base / "samples" / "sft.jsonl": ["R", "w", "w", "w"], arm / "samples" / "rl.jsonl": [
+        "R", "R", "R", "w"], base / "samples" / "teacher.jsonl": ["R", "w", "w", "w"]}
+    twice = {"sft.jsonl": ["Rw", "ww", "ww", "ww"], "rl.jsonl": ["RR", "RR", "Rw", "ww"],
+             "teacher.jsonl": ["RR", "Rw", "ww", "ww"]}
+    for path, greedy in said.items():
+        rows = [{"what": f"x, {what}", "id": id_, "responses": [
+            {"answer": right if c == "R" else "none"} for c in letters[k]]}
+            for what, letters in (("greedy", greedy), ("sampled", twice[path.name]))
+            for k, (id_, right) in enumerate(gold)]
+        compare.write_rows(path, [{"model": "digest"}, *rows])
+    compare.write_rows(arm / "metrics.jsonl", [
+        {"stage": "rm", "step": 1, "seconds": 5.0}, {"stage": "rl", "step": 0, "score": 0.5,
+         "kl": 0.25}, {"stage": "rl", "step": 1, "seconds": 2.0}])
+    found = compare.figures(compare.ARMS["algorithms"]["rloo-model"], {3: (arm, base)})
+    one = found["seeds"][3]
+    assert (one["greedy"], one["sft"], one["mean"], one["pass"]) == (0.75, 0.25, 0.625, 0.75)
+    assert found["gain"]["greedy"][0] == 0.5 and found["gain"]["mean"][0] == 0.5
+    assert one["seconds"] == 7.0 and one["kl"] == 0.25
+    groups = {name: (g["questions"], g["sft"], g["greedy"]) for name, g in found["groups"].items()}
+    assert groups == {"right": (1, 1.0, 1.0), "tied": (1, 0.0, 1.0), "never": (2, 0.0, 0.5)}
+    assert "| RLOO, reward model | 1 | 75.0% | +50.0 (" in compare.table({"x": found})

@@ -102,6 +102,13 @@ def test_report(finished, tmp_path):
         assert all(0 <= f["alike"] <= 1 for f in by.values())
     assert set(found["votes"]) == {"kept", "agreement", "accuracy", "both"}
     assert set(found["votes"]["both"]) == {"kept", "agreement", "accuracy"}
+    # The stage's own last look at the held-out responses, by the same votes.
+    last = [*run.read_metrics(finished, "rm").values()][-1]
+    for name, source in (("teacher", "teacher"), ("sft", "student")):
+        figures = found["reward_model"]["held_out"][name]
+        assert figures["n"] == last[f"n_{source}"]
+        assert figures["auc"] == pytest.approx(last[f"auc_{source}"], abs=1e-6)
+        assert figures["accuracy"] == pytest.approx(last[f"accuracy_{source}"])
     assert set(found["seconds"]) == {"teacher", "sft", "rm", "rl", "eval"}
     assert "| rl | " in (finished / "report.md").read_text()
     # Drawn anew elsewhere, page and pictures are those that the evaluation left.

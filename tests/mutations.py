@@ -151,6 +151,8 @@ TABLE = [Mutation(*entry) for entry in [
     ("retokenised", RL, "+ s.tokens for id_", "+ tokenizer.encode(tokenizer.decode(s.tokens)) + "
      "[tokenizer.eos_ids[0]] * s.ended for id_", "method"),
     ("votes-together-by-number", VOTE, "whole // len(group)", "1", "vote meaning"),
+    ("rm-judged-by-the-teachers-vote", EVAL, "    if second:\n        votes =",
+     "    if False:\n        votes =", "meaning"),
     ("rm-second-vote-of-the-student", RM, "vote.together(said[row[\"id\"]],", "vote.together([],",
      "meaning"),
     ("self-tie-counts-whole", VOTE, "1 / len(first) if a in first", "1.0 if a in first", "vote"),

@@ -370,7 +370,7 @@ def test_labels_of_both_votes_by_hand(tmp_path, monkeypatch):
     """The teacher said 7, 7, 7, 9 and nothing twice: 3, 1 and 2 sixths. The student's three answers
     have two sixths each: three 8 win; one 9 ties with the 7, and the question goes."""
     sft = language_model()
-    folder = run_folder(tmp_path / "run", student=sft, sft=sft)
+    folder = run_folder(tmp_path / "run", student=sft, sft=sft, rl=sft)
 
     def said(k):
         return ["#### 9", "Step 1...", "Step 2..."] if k % 3 == 0 else [
@@ -394,6 +394,14 @@ def test_labels_of_both_votes_by_hand(tmp_path, monkeypatch):
     assert figures(folder, "rm", "n_student")[-1] == 3 * held_out
     # The teacher's vote stays what it was.
     assert {row["vote"] for row in files.read_jsonl(folder / "labels.jsonl")} == {"7", None}
+    # The evaluation judges the reward model by what it has learned: as the stage itself did.
+    monkeypatch.setattr("nanodistill.report.plot", lambda *_: None)
+    call(evaluation, folder, "--questions", 2, "--samples", 3)
+    judged = json.loads((folder / "report.json").read_text())["reward_model"]["held_out"]
+    last = [*run.read_metrics(folder, "rm").values()][-1]
+    for name, source in (("teacher", "teacher"), ("sft", "student")):
+        for key in ("n", "auc", "accuracy"):
+            assert judged[name][key] == pytest.approx(last[f"{key}_{source}"], nan_ok=True)
 
 
 def test_bradley_terry_loss_by_hand(tmp_path, monkeypatch):

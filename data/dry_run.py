@@ -162,15 +162,12 @@ def fitted(stage, config, model, counts, free, device, reference=None):
         jobs = config.prompts * samples
         batch = jobs // config.minibatches
     args = stage, model, torch.float32 if fp32 else torch.bfloat16
-    several = fit.processes(config.gpus)
-    part = {**fit.taking_part(config), "reference": reference}
-    choice = choose(*args, free, batch=batch, jobs=jobs, slots=config.slots, **where,
-                    micro_batch=getattr(config, "micro_batch", 0),
-                    checkpoint=getattr(config, "checkpoint", None), rank=config.lora,
-                    shards=config.shards, **several, **part)
-    return choice, plan(*args, batch=batch, micro_batch=choice.micro_batch, slots=choice.slots,
-                        checkpoint=choice.checkpoint, rank=config.lora, world=several["world"],
-                        shards=choice.shards, **where, **part)
+    asked = {**fit.asked(config, config.gpus), "reference": reference}
+    choice = choose(*args, free, batch=batch, jobs=jobs, **where, **asked)
+    del asked["local"]
+    return choice, plan(*args, batch=batch, **where, **{
+        **asked, "micro_batch": choice.micro_batch, "slots": choice.slots,
+        "checkpoint": choice.checkpoint, "shards": choice.shards})
 
 
 def memories(device, gpus=0):

@@ -147,11 +147,8 @@ def fits(stage, config, shape, device, longest, reference=None):
         batch = config.prompts * config.samples // config.minibatches
     fit.choose(stage, shape, fit.pick_dtype(config.dtype, device), fit.free_bytes(device),
                batch=batch, prompt=longest, response=config.max_new_tokens, jobs=256,
-               device=device.type, slots=config.slots,
-               micro_batch=getattr(config, "micro_batch", 0),
-               checkpoint=getattr(config, "checkpoint", None), rank=config.lora,
-               shards=config.shards, reference=reference if stage == "rl" else None,
-               **fit.taking_part(config), **fit.processes())
+               device=device.type, reference=reference if stage == "rl" else None,
+               **fit.asked(config))
 
 
 def writable(folder):

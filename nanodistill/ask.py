@@ -1,7 +1,6 @@
 """Questions to one model, answered as its tokens come.
 
-    python -m nanodistill.generate out/arithmetic-tiny/rl "Ann has 7 pens. She loses 2. She finds 3
-    more. How many pens does Ann have now?"
+    python -m nanodistill.generate out/arithmetic-tiny/rl "Ann has 7 pens. She loses 2. ..."
     python -m nanodistill.generate out/arithmetic-tiny/rl --samples 4 --temperature 1 < asked.txt
 
 The question goes into the model's chat template as it is given. The stages put their task's

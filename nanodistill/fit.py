@@ -440,6 +440,13 @@ def processes(gpus=0):
             "local": min(gpus, 8) or parallel.local_world()}
 
 
+def asked(config, gpus=0):
+    """What a stage's flags say to `choose`, and the processes (as `processes` takes gpus)."""
+    return {"slots": config.slots, "micro_batch": getattr(config, "micro_batch", 0),
+            "checkpoint": getattr(config, "checkpoint", None), "rank": config.lora,
+            "shards": config.shards, **taking_part(config), **processes(gpus)}
+
+
 def flags(stage, micro_batch, checkpoint, slots):
     """The three settings as they are typed, those that the stage has."""
     learn = f"--micro-batch {micro_batch} --{'' if checkpoint else 'no-'}checkpoint"

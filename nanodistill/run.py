@@ -83,11 +83,8 @@ def fitted(stage, config, model, dtype, device, prompt, response, batch=0, jobs=
     try:
         choice = fit.choose(
             stage, model, dtype, min(parallel.gather(fit.free_bytes(device))), batch=batch,
-            prompt=prompt, response=response, jobs=jobs, device=device.type, slots=config.slots,
-            micro_batch=getattr(config, "micro_batch", 0),
-            checkpoint=getattr(config, "checkpoint", None), rank=config.lora,
-            shards=config.shards, reference=reference, **fit.taking_part(config),
-            **fit.processes())
+            prompt=prompt, response=response, jobs=jobs, device=device.type, reference=reference,
+            **fit.asked(config))
     except ValueError as error:
         sys.exit(str(error))
     print(f"{stage}: {choice.line}")

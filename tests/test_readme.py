@@ -1,11 +1,12 @@
 """What the README and the pages in docs/ name exists: their commands start, files and links are
 there. docs/log.md tells of the past, and is left out.
 
-test_stages.py runs the main command as a whole.
+test_commands.py runs these commands.
 """
 
 import importlib
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -18,17 +19,21 @@ README = (ROOT / "README.md").read_text()
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
          if path.name != "log.md"}
 SCRIPTS = ("train_sft.py", "train_rm.py", "train_rl.py", "eval.py", "data/teacher.py")
-DOCSTRINGS = "".join((ROOT / name).read_text().split('"""')[1] for name in SCRIPTS)
+DOCSTRINGS = "".join((ROOT / name).read_text().split('"""')[1] for name in (
+    *SCRIPTS, "data/tiny/curves.py", "data/tiny/facts.py", "docs/museum.py", "nanodistill/ask.py",
+    "nanodistill/report.py"))
 COMMANDS = sorted(set(re.findall(
-    r"python ((?:data/|bench/)?(?:tiny/)?\w+\.py[^`\n&|]*?)(?:   |`|\n| &)",
+    r"python ((?:-m [\w.]+|[\w/]+\.py)[^`\n&|<]*?)(?: {2,}|`|\n| [&<])",
     "".join(PAGES.values()) + DOCSTRINGS)))
+# These have no flags.
+PLAIN = {"-m tests.test_method out/s21", "tests/mutations.py"}
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", sorted({*COMMANDS} - PLAIN))
 def test_command_is_known_to_its_script(command):
     """`--help` behind the command's own flags: argparse rejects an unknown flag or a wrong value
     before it prints the help."""
-    done = subprocess.run([sys.executable, *command.split(), "--help"], cwd=ROOT,
+    done = subprocess.run([sys.executable, *shlex.split(command), "--help"], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     known = re.findall(r"--[\w-]+", done.stdout)

@@ -8,9 +8,9 @@ Reads teacher.jsonl and labels.jsonl (runs data/teacher.py first if they are mis
 responses whose answer is the vote, and writes sft/, an HF folder. The loss is the mean
 cross-entropy of the response tokens, the EOS included; prompts bear none.
 
-What to look at: the held-out loss (of questions kept out of training) falls, then stops. The
-weights kept are those of its minimum. Longer schedules that were tried on tiny models reached no
-lower loss than three passes (docs/log.md).
+What to look at: the held-out loss (of questions kept out of training). It falls, then stops; with
+few questions it rises while accuracy still grows (docs/method.md), so the last weights are kept,
+not those of its minimum.
 Left out: a learning-rate search.
 """
 
@@ -33,8 +33,7 @@ from nanodistill.tokenizer import Tokenizer
 
 @dataclass
 class Config(Training):
-    epochs: float = flag(None, "passes over the responses; the best held-out loss among the "
-                         "evaluations is kept", above=0)
+    epochs: float = flag(None, "passes over the responses", above=0)
     batch_size: int = flag(64, "responses per optimizer step", least=1)
     learning_rate: float = flag(None, "peak; rises over the first steps, then falls linearly to a "
                                 "tenth", above=0)
@@ -155,10 +154,9 @@ def train(config, folder, source, device, dtype):
     # ---- resume ----
     checkpoint, parts = folder / "sft" / "resume.pt", dict(model=model, optimizer=optimizer)
     state = run.load_checkpoint(checkpoint, config, parts)
-    step, best, best_weights, seconds = 0, float("inf"), None, 0.0
+    step, seconds = 0, 0.0
     if state:
-        step, best, best_weights, seconds = (
-            state[k] for k in ("step", "best", "best_weights", "seconds"))
+        step, seconds = state["step"], state["seconds"]
         # At most what it was: then sums round as before.
         micro_batch = min(micro_batch, state["micro_batch"])
         print(f"sft: going on after step {step}")
@@ -177,8 +175,6 @@ def train(config, folder, source, device, dtype):
                 watch.settle()
                 metrics(step, held_out_loss=loss)
                 bar.write(f"sft: step {step}, held-out loss {loss:.4f}")
-                if loss < best:
-                    best, best_weights = loss, weights.on_host(model)
 
             # The order of an epoch follows from the seed and the epoch alone: a resumed run sees
             # the same batches.
@@ -199,8 +195,8 @@ def train(config, folder, source, device, dtype):
                               tokens=sum(len(response) for _, response in rows))
                 bar.set_postfix(loss=f"{row['loss']:.4f}")
 
-            save(asked_to_stop(), step=step, best=best, best_weights=best_weights,
-                 micro_batch=micro_batch, seconds=metrics.seconds(seconds))
+            save(asked_to_stop(), step=step, micro_batch=micro_batch,
+                 seconds=metrics.seconds(seconds))
 
     # ---- save ----
     watch.settle(model)
@@ -209,11 +205,8 @@ def train(config, folder, source, device, dtype):
     if held_out:
         watch(step, torch.tensor(loss))
     watch.settle()
-    if loss > best:
-        run.put_back(model, best_weights)
-    metrics(step, held_out_loss=loss, best=min(loss, best), seconds=metrics.seconds(seconds))
-    print(f"sft: held-out loss {loss:.4f} at the end, best {min(loss, best):.4f}, kept -> "
-          f"{folder / 'sft'}")
+    metrics(step, held_out_loss=loss, seconds=metrics.seconds(seconds))
+    print(f"sft: held-out loss {loss:.4f} at the end -> {folder / 'sft'}")
     weights.save(model, folder / "sft", source, base=config.student)
     checkpoint.unlink(missing_ok=True)
 

@@ -220,12 +220,7 @@ def wrong_votes(share):
 # ---- arms of train_sft.py: what is done with as many responses without RL ----
 
 def fine_tuned(folder, student, args, config):
-    """SFT of the `student`, an HF folder, on the folder's rows that are labelled good: all steps of
-    it. (The stage keeps the weights of the least held-out loss, if anything is held out. To what
-    is more of the same, or its own, that is the student as it was.)"""
-    rows = files.read_jsonl(folder / "labels.jsonl")
-    write_rows(folder / "labels.jsonl", [
-        {**row, "labels": []} if run.held_out(row["id"]) else row for row in rows])
+    """SFT of the `student`, an HF folder, on the folder's rows that are labelled good."""
     most = ["--max-new-tokens", str(config.max_new_tokens)]
     train_sft.main([*common(args, folder), *most, "--student", str(student), "--teacher", "tiny",
                     "--task", "arithmetic", "--seed", str(config.seed), "--date", config.date,

@@ -164,11 +164,11 @@ def disk(config, student, stages, download):
     count = fit.parameters(shape) if student else 0
     trained = fit.parameters(shape, rank=config.lora) if student and config.lora else count
     # The fp32 folders stay. Beside them is the largest checkpoint, twice while one is written. It
-    # has 4 bytes per parameter for the weights, 4 for the best ones and 8 for AdamW's moments; in
-    # PPO the weights and moments of two models, or of the policy alone.
+    # has 4 bytes per parameter for the weights and 8 for AdamW's moments, the reward model's 4 for
+    # the best ones; in PPO it is the weights and moments of two models, or of the policy alone.
     kept = 4 * count * len({"sft", "rm", "rl"} & set(stages))
     both = fit.taking_part(config)["valued"]
-    sizes = {"sft": 16 * trained, "rm": 16 * trained, "rl": 12 * trained * (1 + both)}
+    sizes = {"sft": 12 * trained, "rm": 16 * trained, "rl": 12 * trained * (1 + both)}
     resume = max((sizes[s] for s in stages if s in sizes), default=0)
     problems, disks = [], {}
     for path, size, what in ((Path(constants.HF_HUB_CACHE), download, "models to be fetched"),

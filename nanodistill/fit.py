@@ -315,7 +315,7 @@ def plan(stage, shape, dtype, *, batch, micro_batch, slots, prompt, response, ch
     models = {"rl": [reference] + [shape] * (1 + scored + valued)}.get(stage, [shape])
     angles = sum(4 * m.max_position_embeddings * m.head_dim for m in models)
     parts = {"weights": 4 * learned + stored + angles,
-             "best weights": 4 * learned if cpu and stage in ("sft", "rm") else 0,
+             "best weights": 4 * learned if cpu and stage == "rm" else 0,
              "optimizer": 8 * learned, "gradients": 4 * learned, "activations": 0,
              "sampler's weights": 0, "KV cache": 0, "sampling": 0}
     held = parts["weights"] + parts["best weights"] + parts["optimizer"]

@@ -39,9 +39,6 @@ TABLE = [Mutation(*entry) for entry in [
     # SFT.
     ("no-eos", SFT, " + [tokenizer.eos_ids[0]]", "", "meaning"),
     ("sft-on-all-responses", SFT, " if label}", "}", "meaning"),
-    ("sft-keeps-the-last", SFT, "if loss > best:", "if False:", "meaning"),
-    ("sft-keeps-the-worst", SFT, "if loss < best:", "if loss > best or best_weights is None:",
-     "meaning"),
     ("sft-trains-on-held-out", SFT, "held_out if run.held_out(",
      "held_out if False and run.held_out(", "meaning"),
     ("sft-sign", SFT, "loss.backward()", "(-loss).backward()", "meaning"),

@@ -232,8 +232,9 @@ def test_sft_teaches_the_good_responses_and_to_stop_after_them(tmp_path):
 
 
 @pytest.mark.parametrize("losses", [[3.0, 1.0, 2.0], [1.0, 3.0, 2.0], [3.0, 2.0, 1.0]])
-def test_sft_keeps_the_weights_of_the_lowest_held_out_loss(tmp_path, monkeypatch, losses):
-    """Made-up losses before the first step, after it, and at the end."""
+def test_sft_keeps_the_last_weights_whatever_the_held_out_loss(tmp_path, monkeypatch, losses):
+    """Made-up losses before the first step, after it, and at the end. With few questions the loss
+    rises while accuracy grows: its minimum is the student as it was."""
     folder, moments = run_folder(tmp_path / "run", student=language_model()), []
 
     def make(original):
@@ -250,8 +251,7 @@ def test_sft_keeps_the_weights_of_the_lowest_held_out_loss(tmp_path, monkeypatch
     assert figures(folder, "sft", "held_out_loss")[:3] == losses
     assert not torch.equal(moments[0], moments[1]) and not torch.equal(moments[1], moments[2])
     kept = tensors(folder / "sft")["model.embed_tokens.weight"]
-    assert torch.equal(kept, moments[losses.index(1.0)])
-    assert figures(folder, "sft", "best") == [1.0]
+    assert torch.equal(kept, moments[2])
 
 
 # ---- reward model ----

@@ -1,7 +1,7 @@
 """The runs and pictures of docs/bugs.md: the tiny run with one line broken, beside the right one.
 
     python train_rl.py --seed 21 --rm.rm-votes teacher --out out/s21    what the faults start from
-    python docs/museum.py --base out/s21 --out out/museum           all runs, a few minutes
+    python docs/museum.py --base out/s21 --out out/museum           all runs, 20 to 30 minutes
     python docs/museum.py --base out/s21 --out out/museum --only kl-sign
     python docs/museum.py --out out/museum                          pictures of the runs there
     python docs/museum.py --base out/s21 --start                    numbers before any update
@@ -26,13 +26,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SFT, RL, PPO, RESPONSES, RUN = ("train_sft.py", "train_rl.py", "nanodistill/ppo.py",
                                 "nanodistill/responses.py", "nanodistill/run.py")
-# `flags`: what this pair of runs is told beside its stage's STEPS. `shown`: keys of metrics.jsonl.
+# `flags`: what this pair of runs is told after its stage's STEPS. `shown`: keys of metrics.jsonl.
 Fault = namedtuple("Fault", "name file old new shown stage flags", defaults=("rl", ""))
-STEPS = {"rl": "--steps 8 --prompts 32 --learning-rate 4e-4 --micro-batch 4",
-         "sft": "--epochs 0.25 --evals-per-epoch 12"}
+STEPS = {"rl": "--steps 60 --prompts 128 --micro-batch 16",
+         "sft": "--epochs 0.25 --evals-per-epoch 48"}
 BASE = {"rl": ("settings.json", "inputs.json", "teacher.jsonl", "labels.jsonl", "student.jsonl",
                "sft", "rm"),
         "sft": ("settings.json", "teacher.jsonl", "labels.jsonl")}
+# A student of its own comes without the base's settings.
+STUDENT = ("--student {student} --teacher tiny --task arithmetic --learning-rate 5e-4 "
+           "--max-new-tokens 56 --seed {seed}")
 BLUE, RED = "#2a6f97", "#d1495b"
 LOGARITHMIC = {"sampler_gap", "sampler_kl"}
 # A stage, less the evaluation that would follow.
@@ -52,9 +55,10 @@ FAULTS = [Fault(*entry) for entry in [
     ("whiten-padding", PPO,
      "mean = masked_mean(x, mask)\n    variance = masked_mean((x - mean) ** 2, mask)",
      "mean, variance = x.mean(), x.var(correction=0)", "score true_accuracy kl"),
-    ("no-eos", SFT, " + [tokenizer.eos_ids[0]]", "", "held_out_loss", "sft"),
+    ("no-eos", SFT, " + [tokenizer.eos_ids[0]]", "", "held_out_loss", "sft", STUDENT),
     ("retokenised", RL, "+ s.tokens for id_", "+ tokenizer.encode(tokenizer.decode(s.tokens)) "
-     "+ [tokenizer.eos_ids[0]] * s.ended for id_", "true_accuracy first_ratio sampler_gap"),
+     "+ [tokenizer.eos_ids[0]] * s.ended for id_", "true_accuracy first_ratio sampler_gap", "rl",
+     "--temperature 1.6 --steps 20"),
     ("best-of-nan", RUN,
      "bad = tensors and not torch.stack([x.isfinite().all() for x in tensors]).all()",
      "bad = False", "held_out_loss", "sft",
@@ -73,8 +77,24 @@ FAULTS = [Fault(*entry) for entry in [
 
 
 def folder_of(fault, broken):
-    """Faults that are told the same share the right run."""
-    return fault.name if broken else "-".join(["right", fault.stage, *fault.flags.split()])
+    """Faults that are told nothing of their own share the right run."""
+    return fault.name if broken else f"right-{fault.name if fault.flags else fault.stage}"
+
+
+def without_an_end(out):
+    """The tiny student as if it had never seen its EOS: whose embedding, which is its output too,
+    is the mean of all."""
+    from safetensors.torch import load_file, save_file
+
+    student = out / "student-without-an-end"
+    if not student.exists():
+        shutil.copytree(ROOT / "data" / "tiny" / "student", student)
+        weights = load_file(student / "model.safetensors")
+        embedding = weights["model.embed_tokens.weight"]
+        embedding[json.loads((student / "config.json").read_text())["eos_token_id"]] = (
+            embedding.float().mean(0).to(embedding.dtype))
+        save_file(weights, student / "model.safetensors")
+    return student
 
 
 def made(out, fault, broken, base):
@@ -93,9 +113,12 @@ def made(out, fault, broken, base):
     if broken:
         path.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
     folder.mkdir(parents=True)
-    for item in BASE[fault.stage]:
+    own = "{student}" in fault.flags
+    for item in BASE[fault.stage][own:]:
         (shutil.copytree if (base / item).is_dir() else shutil.copy)(base / item, folder / item)
-    flags = f"{STEPS[fault.stage]} {fault.flags} --threads 1".split()
+    flags = f"{STEPS[fault.stage]} {fault.flags} --threads 1".format(
+        student=own and without_an_end(out), seed=own and json.loads(
+            (base / "settings.json").read_text())["sft"]["seed"]).split()
     done = subprocess.run(
         [sys.executable, "-c", ALONE.format(f"train_{fault.stage}"), *flags, "--out", folder],
         cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}, stdout=subprocess.PIPE,

@@ -1,10 +1,10 @@
 """The runs and pictures of docs/bugs.md: the tiny run with one line broken, beside the right one.
 
-    python train_rl.py --seed 21 --rm.rm-votes teacher --out out/s21    what the faults start from
-    python docs/museum.py --base out/s21 --out out/museum           all runs, 20 to 30 minutes
-    python docs/museum.py --base out/s21 --out out/museum --only kl-sign
+    python train_rl.py --seed 25 --rm.rm-votes teacher --out out/s25    what the faults start from
+    python docs/museum.py --base out/s25 --out out/museum           all runs, 20 to 30 minutes
+    python docs/museum.py --base out/s25 --out out/museum --only kl-sign
     python docs/museum.py --out out/museum                          pictures of the runs there
-    python docs/museum.py --base out/s21 --start                    numbers before any update
+    python docs/museum.py --base out/s25 --start                    numbers before any update
 
 Each fault is a line of the code, replaced in a copy of the tree; where its old text does not stand
 there exactly once, nothing is run. A fault of SFT starts from the votes, one of PPO from sft/ and
@@ -76,6 +76,10 @@ FAULTS = [Fault(*entry) for entry in [
 ]]
 
 
+def seed_of(folder):
+    return json.loads((folder / "settings.json").read_text())["sft"]["seed"]
+
+
 def folder_of(fault, broken):
     """Faults that are told nothing of their own share the right run."""
     return fault.name if broken else f"right-{fault.name if fault.flags else fault.stage}"
@@ -117,8 +121,7 @@ def made(out, fault, broken, base):
     for item in BASE[fault.stage][own:]:
         (shutil.copytree if (base / item).is_dir() else shutil.copy)(base / item, folder / item)
     flags = f"{STEPS[fault.stage]} {fault.flags} --threads 1".format(
-        student=own and without_an_end(out), seed=own and json.loads(
-            (base / "settings.json").read_text())["sft"]["seed"]).split()
+        student=own and without_an_end(out), seed=seed_of(base)).split()
     done = subprocess.run(
         [sys.executable, "-c", ALONE.format(f"train_{fault.stage}"), *flags, "--out", folder],
         cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}, stdout=subprocess.PIPE,
@@ -163,8 +166,13 @@ def draw(fault, broken, right):
 def draw_panel(ax, key, stage, broken, right):
     for folder, color, label in ((right, BLUE, "right"), (broken, RED, "broken")):
         steps, values = curve(folder, stage, key)
-        ax.plot(steps, values, "--" if folder == right else "-", marker=".", color=color,
-                label=label)
+        # Where steps are many: each as a dot, and a line through the means of five.
+        wide = 2 * (len(steps) > 15)
+        means = [sum(some) / len(some) for some in (
+            values[max(i - wide, 0):i + wide + 1] for i in range(len(values)))]
+        ax.plot(steps, values, ".", markersize=2 if wide else 6, alpha=0.5 if wide else 1,
+                color=color)
+        ax.plot(steps, means, "--" if folder == right else "-", color=color, label=label)
         lost = [step for step, value in zip(steps, values) if not math.isfinite(value)]
         if lost:
             ax.axvspan(lost[0], lost[-1], color=color, alpha=0.2, linewidth=0)
@@ -187,7 +195,7 @@ def sft_student(folder):
 
     if not weights.complete(folder / "sft"):
         return "none was saved"
-    tokenizer, task = Tokenizer(folder / "sft"), Arithmetic(21, test=256)
+    tokenizer, task = Tokenizer(folder / "sft"), Arithmetic(seed_of(folder), test=256)
     try:
         model = weights.load(folder / "sft")
     except ValueError as error:
@@ -215,7 +223,7 @@ def before_an_update(base):
     from nanodistill.tokenizer import Tokenizer
 
     torch.set_grad_enabled(False)
-    tokenizer, task = Tokenizer(base / "sft"), Arithmetic(21)
+    tokenizer, task = Tokenizer(base / "sft"), Arithmetic(seed_of(base))
     prompts, gold = prompts_of(task, tokenizer, task.questions("train")[:256]), task.gold("train")
     sft, rl = (weights.load(base / name, CausalLM, dtype=torch.float32) for name in ("sft", "rl"))
     reward_model = weights.load(base / "rm", ScalarModel, dtype=torch.float32)

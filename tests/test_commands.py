@@ -37,7 +37,7 @@ LEFT_OUT = {
     "-m nanodistill.generate$": "a name",
     "bench/compare.py": "hours; test_compare.py walks through its arms",
     "bench/": "test_bench.py runs them",
-    "docs/museum.py (--base out/s21|--base out/s21 --out out/museum)$": "ten minutes",
+    "docs/museum.py --base out/s25( --out out/museum)?$": "half an hour",
     "tests/mutations.py": "an hour",
 }
 RUN = [command for command in COMMANDS
@@ -60,8 +60,9 @@ def tree(tmp_path_factory):
     shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", "out", "__pycache__"))
     small = SMALL["train_rl.py"].split()
     python(tree, "train_rl.py", *small)
-    python(tree, "train_rl.py", *small, "--seed", "21", "--rm.rm-votes", "teacher", "--out",
-           "out/s21")
+    for seed in "21", "25":
+        python(tree, "train_rl.py", *small, "--seed", seed, "--rm.rm-votes", "teacher", "--out",
+               f"out/s{seed}")
     for seed in 2, 5:
         shutil.copytree(tree / "out" / "arithmetic-tiny", f"{tree}/out/arithmetic-tiny-seed{seed}")
     return tree

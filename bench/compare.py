@@ -549,15 +549,20 @@ def forest(results, plt):
 def budget_curve(results, plt):
     """Greedy accuracy against the number of questions that the teacher was asked."""
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for kind, label in (("sft", "SFT"), ("vote", "RLOO, vote"), ("model", "RLOO, reward model"),
-                        ("all", "RLOO, reward model, on questions without a vote too")):
+    for i, (kind, label) in enumerate((
+            ("sft", "SFT"), ("vote", "RLOO, vote"), ("model", "RLOO, reward model"),
+            ("all", "RLOO, reward model, on questions without a vote too"))):
         names = [name for name in results if name.endswith("vote" if kind == "sft" else kind)]
         key = "sft" if kind == "sft" else "greedy"
         rows = [[seed[key] for seed in results[name]["seeds"].values()] for name in names]
         half = [0 if kind == "sft" else 100 * results[name]["gain"]["greedy"][1] for name in names]
-        axis.errorbar([int(name.split("-")[0]) for name in names],
-                      [100 * np.mean(row) for row in rows], yerr=half, marker="o", label=label)
+        budgets = [int(name.split("-")[0]) for name in names]
+        # Side by side, or their intervals hide each other.
+        axis.errorbar([1.03**i * n for n in budgets], [100 * np.mean(row) for row in rows],
+                      yerr=half, marker="o", label=label)
     axis.set(xscale="log", xlabel="questions asked of the teacher", ylabel="greedy accuracy, %")
+    axis.set_xticks(budgets, [f"{n:,}" for n in budgets])
+    axis.minorticks_off()
     axis.grid(alpha=0.3)
     axis.legend()
     return figure

@@ -200,8 +200,7 @@ def train(config, folder, source, device, dtype):
 
     # ---- save ----
     watch.settle(model)
-    loss, micro_batch = run.halve_when_full(held_out_loss, micro_batch, model,
-                                            held_out)
+    loss, micro_batch = run.halve_when_full(held_out_loss, micro_batch, model, held_out)
     if held_out:
         watch(step, torch.tensor(loss))
     watch.settle()

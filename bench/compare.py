@@ -558,9 +558,10 @@ def budget_curve(results, plt):
         half = [0 if kind == "sft" else 100 * results[name]["gain"]["greedy"][1] for name in names]
         budgets = [int(name.split("-")[0]) for name in names]
         # Side by side, or their intervals hide each other.
-        axis.errorbar([1.03**i * n for n in budgets], [100 * np.mean(row) for row in rows],
+        axis.errorbar([1.03**(i - 1.5) * n for n in budgets], [100 * np.mean(row) for row in rows],
                       yerr=half, marker="o", label=label)
     axis.set(xscale="log", xlabel="questions asked of the teacher", ylabel="greedy accuracy, %")
+    budgets = sorted({int(name.split("-")[0]) for name in results})
     axis.set_xticks(budgets, [f"{n:,}" for n in budgets])
     axis.minorticks_off()
     axis.grid(alpha=0.3)

@@ -162,12 +162,11 @@ def fitted(stage, config, model, counts, free, device, reference=None):
         jobs = config.prompts * samples
         batch = jobs // config.minibatches
     args = stage, model, torch.float32 if fp32 else torch.bfloat16
-    asked = {**fit.asked(config, config.gpus), "reference": reference}
-    choice = choose(*args, free, batch=batch, jobs=jobs, **where, **asked)
-    del asked["local"]
+    given = {**fit.asked(config, config.gpus), "reference": reference}
+    choice = choose(*args, free, batch=batch, jobs=jobs, **where, **given)
+    chosen = {key: getattr(choice, key) for key in ("slots", "micro_batch", "checkpoint", "shards")}
     return choice, plan(*args, batch=batch, **where, **{
-        **asked, "micro_batch": choice.micro_batch, "slots": choice.slots,
-        "checkpoint": choice.checkpoint, "shards": choice.shards})
+        key: value for key, value in {**given, **chosen}.items() if key != "local"})
 
 
 def memories(device, gpus=0):

@@ -6,6 +6,7 @@
     python docs/museum.py --out out/museum                          pictures of the runs there
     python docs/museum.py --base out/s25 --start                    numbers before any update
 
+After a change of STEPS, of a fault's flags or of the base, delete OUT first: what is done stays.
 Each fault is a line of the code, replaced in a copy of the tree; where its old text does not stand
 there exactly once, nothing is run. A fault of SFT starts from the votes, one of PPO from sft/ and
 rm/ too. Runs have one thread and the same seed, so that a pair differs in the broken line alone.
@@ -47,14 +48,14 @@ FAULTS = [Fault(*entry) for entry in [
     ("pad-is-eos", RL, "response_mask = responses.mask(counts, device)  ",
      "response_mask = responses.mask(counts, device); "
      "response_mask[torch.arange(B), response_mask.sum(1) - 1] = ~ended",
-     "true_accuracy length sampler_gap"),
+     "true_accuracy first_ratio sampler_gap"),
     ("temperature", RL, "temperature=config.temperature", "temperature=0.7",
      "true_accuracy first_ratio sampler_kl"),
     ("kl-sign", RL, "response_mask, kl_coef)", "response_mask, -kl_coef)",
      "score rewards kl"),
     ("whiten-padding", PPO,
      "mean = masked_mean(x, mask)\n    variance = masked_mean((x - mean) ** 2, mask)",
-     "mean, variance = x.mean(), x.var(correction=0)", "score true_accuracy kl"),
+     "mean, variance = x.mean(), x.var(correction=0)", "policy_loss true_accuracy kl"),
     ("no-eos", SFT, " + [tokenizer.eos_ids[0]]", "", "held_out_loss", "sft", STUDENT),
     ("retokenised", RL, "+ s.tokens for id_", "+ tokenizer.encode(tokenizer.decode(s.tokens)) "
      "+ [tokenizer.eos_ids[0]] * s.ended for id_", "true_accuracy first_ratio sampler_gap", "rl",
@@ -91,13 +92,13 @@ def without_an_end(out):
     from safetensors.torch import load_file, save_file
 
     student = out / "student-without-an-end"
-    if not student.exists():
-        shutil.copytree(ROOT / "data" / "tiny" / "student", student)
-        weights = load_file(student / "model.safetensors")
-        embedding = weights["model.embed_tokens.weight"]
-        embedding[json.loads((student / "config.json").read_text())["eos_token_id"]] = (
-            embedding.float().mean(0).to(embedding.dtype))
-        save_file(weights, student / "model.safetensors")
+    shutil.rmtree(student, ignore_errors=True)
+    shutil.copytree(ROOT / "data" / "tiny" / "student", student)
+    weights = load_file(student / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    embedding[json.loads((student / "config.json").read_text())["eos_token_id"]] = (
+        embedding.float().mean(0).to(embedding.dtype))
+    save_file(weights, student / "model.safetensors")
     return student
 
 
@@ -118,10 +119,13 @@ def made(out, fault, broken, base):
         path.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
     folder.mkdir(parents=True)
     own = "{student}" in fault.flags
-    for item in BASE[fault.stage][own:]:
+    for item in BASE[fault.stage]:
+        if own and item == "settings.json":
+            continue
         (shutil.copytree if (base / item).is_dir() else shutil.copy)(base / item, folder / item)
-    flags = f"{STEPS[fault.stage]} {fault.flags} --threads 1".format(
-        student=own and without_an_end(out), seed=seed_of(base)).split()
+    known = {"student": own and without_an_end(out), "seed": seed_of(base)}
+    flags = [flag.format(**known)
+             for flag in f"{STEPS[fault.stage]} {fault.flags} --threads 1".split()]
     done = subprocess.run(
         [sys.executable, "-c", ALONE.format(f"train_{fault.stage}"), *flags, "--out", folder],
         cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}, stdout=subprocess.PIPE,
@@ -166,6 +170,9 @@ def draw(fault, broken, right):
 def draw_panel(ax, key, stage, broken, right):
     for folder, color, label in ((right, BLUE, "right"), (broken, RED, "broken")):
         steps, values = curve(folder, stage, key)
+        first, last = (sum(some) / len(some) for some in (values[:5], values[-10:]))
+        print(f"{folder.name}, {key}: {first:.4g} in the first five, {last:.4g} in the last ten, "
+              f"{min(values):.3g} to {max(values):.3g}")
         # Where steps are many: each as a dot, and a line through the means of five.
         wide = 2 * (len(steps) > 15)
         means = [sum(some) / len(some) for some in (
@@ -228,23 +235,21 @@ def before_an_update(base):
     sft, rl = (weights.load(base / name, CausalLM, dtype=torch.float32) for name in ("sft", "rl"))
     reward_model = weights.load(base / "rm", ScalarModel, dtype=torch.float32)
 
-    def sampled(policy, temperature):
-        samples = sample_all(policy, [*prompts.values()], temperature=temperature, seed=5,
+    def sampled(policy):
+        samples = sample_all(policy, [*prompts.values()], temperature=1.0, seed=5,
                              max_new_tokens=56, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
         rows = [prompt + s.tokens for prompt, s in zip(prompts.values(), samples)]
         counts = [len(s.tokens) for s in samples]
         batch, mask = responses.batch(rows, counts, range(len(rows)), "cpu"), responses.mask(counts)
         old = responses.logprobs(policy, batch, 1.0)[0]
-        own = torch.tensor([p for s in samples for p in s.logprobs])
-        gap = ppo.kl_k3(torch.zeros_like(old).masked_scatter(mask, own), old)
         right = [task.extract_answer(tokenizer.decode(s.tokens)) == gold[id_]
                  for id_, s in zip(prompts, samples)]
-        print(f"\n{sum(right) / len(right):.1%} right; sampler_kl {ppo.masked_mean(gap, mask):.2g}")
+        print(f"\n{sum(right) / len(right):.1%} right")
         return rows, right, batch, mask, old
 
     # The pictures of the second, the SFT student, are kept.
     for policy in rl, sft:
-        rows, right, batch, mask, old = sampled(policy, 1.0)
+        rows, right, batch, mask, old = sampled(policy)
         longest, good = max(map(len, rows)), torch.tensor(right)
         with picture("score-a-token-early-start", 3) as axes:
             for ax, where, read in zip(
@@ -259,9 +264,6 @@ def before_an_update(base):
                 ax.set_title(title, fontsize=8)
         scores = score(reward_model, rows).sigmoid()
         ref, hidden = responses.logprobs(sft, batch, 1.0)[0], reward_model(batch.packed)
-        for coef in (0.05, -0.05):
-            rewards = ppo.shape_rewards(scores, old, ref, mask, coef)
-            print(f"kl_coef {coef}: rewards less score {(rewards.sum(1) - scores).mean():+.4f}")
         rewards = ppo.shape_rewards(scores, old, ref, mask, 0.05)
         with picture("value-a-token-off-start", 1) as (ax,):
             for early, color, label in ((0, BLUE, "right"), (1, RED, "a token early")):
@@ -287,7 +289,6 @@ def before_an_update(base):
             ax.set_title("whitened advantages of the response tokens", fontsize=8)
         print(f"padding, {1 - mask.float().mean():.0%}, whitened too: mean {counted.mean():.3f}, "
               f"deviation {counted.std():.2f}")
-    sampled(sft, 0.7)
 
 
 def main():

@@ -441,7 +441,7 @@ def processes(gpus=0):
 
 
 def asked(config, gpus=0):
-    """What a stage's flags say to `choose`, and the processes (as `processes` takes gpus)."""
+    """What a stage's flags say to `choose`, and its processes (`gpus`: of `processes`)."""
     return {"slots": config.slots, "micro_batch": getattr(config, "micro_batch", 0),
             "checkpoint": getattr(config, "checkpoint", None), "rank": config.lora,
             "shards": config.shards, **taking_part(config), **processes(gpus)}

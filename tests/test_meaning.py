@@ -231,7 +231,7 @@ def test_sft_teaches_the_good_responses_and_to_stop_after_them(tmp_path):
     assert rates[0] > 0.75e-2 and 1e-3 <= rates[-1] < 1.5e-3             # down to a tenth
 
 
-@pytest.mark.parametrize("losses", [[3.0, 1.0, 2.0], [1.0, 3.0, 2.0], [3.0, 2.0, 1.0]])
+@pytest.mark.parametrize("losses", [[3.0, 1.0, 2.0], [1.0, 3.0, 2.0]])
 def test_sft_keeps_the_last_weights_whatever_the_held_out_loss(tmp_path, monkeypatch, losses):
     """Made-up losses before the first step, after it, and at the end. With few questions the loss
     rises while accuracy grows: its minimum is the student as it was."""

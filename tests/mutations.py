@@ -39,6 +39,8 @@ TABLE = [Mutation(*entry) for entry in [
     # SFT.
     ("no-eos", SFT, " + [tokenizer.eos_ids[0]]", "", "meaning"),
     ("sft-on-all-responses", SFT, " if label}", "}", "meaning"),
+    ("sft-saves-the-untrained", SFT, "weights.save(model, ",
+     "weights.save(weights.load(source, CausalLM), ", "meaning"),
     ("sft-trains-on-held-out", SFT, "held_out if run.held_out(",
      "held_out if False and run.held_out(", "meaning"),
     ("sft-sign", SFT, "loss.backward()", "(-loss).backward()", "meaning"),

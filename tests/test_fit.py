@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import argparse
 import pytest
 import torch
 
@@ -351,3 +352,11 @@ def test_the_hours_on_many_cards_are_at_best_those_of_one_divided():
         text = report(configs, ["eval"], {"train": 7473, "test": 1319})
         return [float(x) for x in text.splitlines()[-1].split()[1:]]
     assert hours(1) == pytest.approx([8 * x for x in hours(8)], rel=0.1)      # of two digits
+
+
+def test_what_a_stage_is_told_reaches_its_plan():
+    told = argparse.Namespace(slots=3, micro_batch=5, checkpoint=True, lora=8, shards=2,
+                              reward="vote", algorithm="rloo")
+    assert fit.asked(told, gpus=16) == {
+        "slots": 3, "micro_batch": 5, "checkpoint": True, "rank": 8, "shards": 2,
+        "scored": False, "valued": False, "world": 16, "local": 8}

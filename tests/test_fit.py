@@ -1,9 +1,9 @@
 """The planner against counts of the hub's pages and the peaks of an emulated H100's allocator."""
 
+import argparse
 from dataclasses import replace
 from pathlib import Path
 
-import argparse
 import pytest
 import torch
 

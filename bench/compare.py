@@ -352,6 +352,8 @@ ARMS = {
     "algorithms": {
         "ppo-model": FIRST, "ppo-both": BOTHS, "rloo-model": RLOO, "rloo-both": RLOO_BOTHS,
         "grpo-model": Arm("GRPO, reward model", rl("grpo")),
+        # Scores over their deviation are some five times larger: so is the KL that holds them.
+        "grpo-kl": Arm("GRPO, reward model, KL coefficient 0.25", rl("grpo", "--kl-coef", "0.25")),
         "ppo-vote": Arm("PPO, vote", rl("ppo", *VOTE, *FUNCTION, brings=VOTED)),
         "rloo-vote": BY_VOTE,
         "grpo-vote": Arm("GRPO, vote", rl("grpo", *VOTE, brings=VOTED)),

@@ -81,8 +81,8 @@ def group_advantages(rewards, mask, samples, kind, scores=None):
 
     The `samples` responses of a question, at least 2, lie beside each other. "rloo" (arXiv
     2402.14740): the reward less the mean of the others; "grpo" (2402.03300): less the mean of all,
-    over the standard deviation of the question's `scores` (B,), for rewards have the KL in them,
-    which would be all that is left where scores are alike; None: of the whole rewards.
+    and what of it is the question's `scores` (B,) over their standard deviation. The rest, the KL,
+    is not divided: where scores are nearly alike it would be all that is left. None: all is score.
     """
     totals = rewards.masked_fill(~mask, 0).sum(dim=1).view(-1, samples)       # (questions, samples)
     centred = totals - totals.mean(dim=1, keepdim=True)
@@ -90,8 +90,9 @@ def group_advantages(rewards, mask, samples, kind, scores=None):
         # A response is itself one in `samples` of that mean.
         centred = centred * samples / (samples - 1)
     else:
-        spread = (totals if scores is None else scores.view(-1, samples)).std(dim=1, keepdim=True)
-        centred = torch.where(spread > 0, centred / (spread + 1e-4), centred)
+        scores = totals if scores is None else scores.view(-1, samples)
+        better = scores - scores.mean(dim=1, keepdim=True)
+        centred = centred - better + better / (scores.std(dim=1, keepdim=True) + 1e-4)
     return centred.view(-1, 1) * mask                                          # (B, R)
 
 

@@ -101,13 +101,12 @@ def test_a_response_that_its_group_beats_becomes_less_probable(kind):
     ppo.policy_loss(logprobs, logprobs.detach(), advantages, mask)[0].backward()
     assert (-logits.grad).sign().tolist() == [1, -1, -1, 1, 1, 1, -1, -1]
     if kind == "grpo":
-        # By the scores' deviation, which is a half; where they are alike nothing is divided, and
-        # a small drift stays small.
-        scores, drift = T([1.0, 0.0, 0.0, 1.0, 5.0, 5.0, 5.0, 5.0]), T([[0.0]] * 4 + [
-            [0.001], [-0.001], [0.001], [-0.001]])
-        found = ppo.group_advantages(scores[:, None] + drift, mask, 4, kind, scores).squeeze(1)
-        assert found[:4].tolist() == pytest.approx([0.8660, -0.8660, -0.8660, 0.8660], rel=1e-3)
-        assert found[4:].tolist() == pytest.approx([0.001, -0.001, 0.001, -0.001], rel=1e-2)
+        # The scores are divided, by a half or 2e-4 + 1e-4; the drift of +-0.01 is not.
+        scores = T([1.0, 0.0, 0.0, 1.0, 0.5, 0.5, 0.5, 0.5004]).double()
+        drift = T([0.01, -0.01] * 4).double()
+        found = ppo.group_advantages((scores + drift)[:, None], mask, 4, kind, scores).squeeze(1)
+        assert found.tolist() == pytest.approx(
+            [0.8760, -0.8760, -0.8560, 0.8560, -0.3233, -0.3433, -0.3233, 0.9900], rel=1e-3)
     # Where all are alike there is nothing to learn.
     assert not ppo.group_advantages(torch.full((4, 1), 0.3), mask[:4], 4, kind).any()
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from nanodistill import parallel
 from nanodistill.batches import pack
-from nanodistill.vote import shares
+from nanodistill.vote import self_scores
 
 
 def score(model, rows):
@@ -70,7 +70,7 @@ def score_answers(config, votes, reward, ids, texts, answers):
                 for id_, answer in zip(ids, answers)]
     if config.reward == "self":
         n = config.samples
-        return [s for start in range(0, len(ids), n) for s in shares(answers[start:start + n])]
+        return [s for start in range(0, len(ids), n) for s in self_scores(answers[start:start + n])]
     # Asked once: it need not say the same in each process.
     found = None if parallel.rank() else [float(s) for s in reward(ids, texts)]
     found = parallel.gather(found)[0]

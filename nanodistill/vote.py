@@ -52,7 +52,7 @@ def labels(answers, vote):
     return [None if vote.answer is None else a == vote.answer for a in answers]
 
 
-def shares(answers):
+def self_scores(answers):
     """What each answer has of the first place among all, without a teacher (TTRL, arXiv
     2504.16084): 1 if most samples gave it, 1 / t if t tie; else, and where there is none, 0."""
     first = plurality(answers)

@@ -1,4 +1,4 @@
-from nanodistill.vote import Vote, labels, majority, plurality, shares, summary, together
+from nanodistill.vote import Vote, labels, majority, plurality, self_scores, summary, together
 
 
 def test_majority_wins_and_missing_answers_count_against_agreement():
@@ -49,6 +49,6 @@ def test_summary():
 
 def test_shares_of_the_first_place_by_hand():
     """A tie of two is half each; a response without an answer leads nothing, however many."""
-    assert shares(["7", "8", "7", None]) == [1, 0, 1, 0]
-    assert shares(["7", "8", "8", "7", "9"]) == [0.5, 0.5, 0.5, 0.5, 0]
-    assert shares([None, None, "3"]) == [0, 0, 1] and shares([None]) == [0]
+    assert self_scores(["7", "8", "7", None]) == [1, 0, 1, 0]
+    assert self_scores(["7", "8", "8", "7", "9"]) == [0.5, 0.5, 0.5, 0.5, 0]
+    assert self_scores([None, None, "3"]) == [0, 0, 1] and self_scores([None]) == [0]

@@ -166,8 +166,8 @@ def train(config, folder, source, device, dtype):
     # ---- loop ----
     bar = run.Bar(total=steps, initial=step, desc="sft", unit="step")
     with process.interruptible() as asked_to_stop, bar:
-        while step < steps:
-            if step % eval_every == 0:
+        while True:
+            if step % eval_every == 0 or step == steps:
                 watch.settle()
                 loss, micro_batch = run.halve_when_full(held_out_loss, micro_batch, model, held_out)
                 if held_out:
@@ -175,6 +175,8 @@ def train(config, folder, source, device, dtype):
                 watch.settle()
                 metrics(step, held_out_loss=loss)
                 bar.write(f"sft: step {step}, held-out loss {loss:.4f}")
+            if step == steps:
+                break
 
             # The order of an epoch follows from the seed and the epoch alone: a resumed run sees
             # the same batches.
@@ -200,12 +202,8 @@ def train(config, folder, source, device, dtype):
 
     # ---- save ----
     watch.settle(model)
-    loss, micro_batch = run.halve_when_full(held_out_loss, micro_batch, model, held_out)
-    if held_out:
-        watch(step, torch.tensor(loss))
-    watch.settle()
-    metrics(step, held_out_loss=loss, seconds=metrics.seconds(seconds))
-    print(f"sft: held-out loss {loss:.4f} at the end -> {folder / 'sft'}")
+    metrics(step, seconds=metrics.seconds(seconds))
+    print(f"sft: -> {folder / 'sft'}")
     weights.save(model, folder / "sft", source, base=config.student)
     checkpoint.unlink(missing_ok=True)
 

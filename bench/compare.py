@@ -642,6 +642,8 @@ def main():
     if args.arm:
         args.seed, = seeds
         arm, folder = arms[args.arm], root / f"seed-{args.seed}"
+        # The stages do so themselves; what is sampled and scored before them is here.
+        torch.set_num_threads(args.threads)
         return arm.train(folder / args.arm, folder / arm.base, args)
 
     # ---- each arm in a process of its own ----

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 
@@ -112,6 +113,23 @@ def test_arms_named_bring_those_that_they_begin_from():
     arms = compare.ARMS["algorithms"]
     assert [*compare.needed(arms, ["rloo-both"])] == ["ppo-model", "ppo-both", "rloo-both"]
     assert [*compare.needed(compare.ARMS["budget"], ["500-all"])] == ["500-model", "500-all"]
+
+
+def test_an_arm_computes_with_the_threads_that_it_was_told(tmp_path, monkeypatch):
+    """Two runs beside each other with all threads each took ten times as long to sample."""
+    seen, before = [], torch.get_num_threads()
+    arm = compare.Arm("", lambda folder, base, args: seen.append(
+        (torch.get_num_threads(), folder, base)))
+    monkeypatch.setitem(compare.ARMS["algorithms"], "rloo-gold", arm)
+    monkeypatch.setattr(sys, "argv", [
+        "compare.py", "algorithms", "--seeds", "3", "--threads", str(before + 1),
+        "--out", str(tmp_path), "--arm", "rloo-gold"])
+    try:
+        compare.main()
+    finally:
+        torch.set_num_threads(before)
+    seed = tmp_path / "seed-3"
+    assert seen == [(before + 1, seed / "rloo-gold", seed / "ppo-model")]
 
 
 def test_shared_samples_cost_what_the_first_arm_waited(tmp_path, monkeypatch):

@@ -44,7 +44,7 @@ from nanodistill import files, process, run, weights
 from nanodistill.model import ScalarModel
 from nanodistill.reward import score_sequences
 from nanodistill.tokenizer import Tokenizer
-from nanodistill.vote import plurality
+from nanodistill.vote import plurality, together
 
 
 SMALL = ["--teacher.questions", "2000", "--steps", "20", "--prompts", "256",
@@ -217,6 +217,18 @@ def wrong_votes(share):
     return change
 
 
+def vote_of_both(folder, base):
+    """change: the vote of teacher and student, as --rm-votes both takes it, is labels.jsonl's."""
+    said = {row["id"]: [r["answer"] for r in row["responses"]]
+            for row in files.read_jsonl(base / "teacher.jsonl")}
+    again = {row["id"]: together(said[row["id"]], [r["answer"] for r in row["responses"]]).answer
+             for row in files.read_jsonl(base / "student.jsonl")}
+    write_rows(folder / "labels.jsonl", [
+        {**row, "vote": again.get(row["id"]),
+         "labels": [a == again.get(row["id"]) for a in said[row["id"]]]}
+        for row in files.read_jsonl(base / "labels.jsonl")])
+
+
 # ---- arms of train_sft.py: what is done with as many responses without RL ----
 
 def fine_tuned(folder, student, args, config):
@@ -357,6 +369,8 @@ ARMS = {
         "ppo-vote": Arm("PPO, vote", rl("ppo", *VOTE, *FUNCTION, brings=VOTED)),
         "rloo-vote": BY_VOTE,
         "grpo-vote": Arm("GRPO, vote", rl("grpo", *VOTE, brings=VOTED)),
+        "rloo-vote-both": Arm("RLOO, vote of both", rl(
+            "rloo", *VOTE, brings=VOTED, change=vote_of_both)),
         "rloo-either": Arm("RLOO, vote; reward model where there is none", rl(
             "rloo", reward=functools.partial(learned, vote=1.0))),
         "rloo-mean": Arm("RLOO, mean of vote and reward model", rl(

@@ -82,6 +82,21 @@ def test_wrong_votes_are_what_the_teacher_says_then(tmp_path):
         assert rest == rows_of(base, "teacher.jsonl")[1:]
 
 
+def test_the_vote_of_both_is_by_both_alike(tmp_path):
+    """Of "a" the student's two say 5, of the teacher's seven 2; "b" ties; the student was not asked
+    "c"."""
+    rows = {"teacher": {"a": "4444455", "b": "77", "c": "1"}, "student": {"a": "55", "b": "88"}}
+    for name, said in rows.items():
+        compare.write_rows(tmp_path / f"{name}.jsonl", [
+            {"id": id_, "responses": [{"answer": a} for a in answers]}
+            for id_, answers in said.items()])
+    compare.write_rows(tmp_path / "labels.jsonl", [
+        {"id": id_, "vote": answers[0], "labels": []} for id_, answers in rows["teacher"].items()])
+    compare.vote_of_both(tmp_path, tmp_path)
+    assert {row["id"]: (row["vote"], row["labels"]) for row in rows_of(tmp_path)} == {
+        "a": ("5", [False] * 5 + [True] * 2), "b": (None, [False] * 2), "c": (None, [False])}
+
+
 def test_a_response_is_chosen_by_vote_or_not_at_all(tmp_path):
     base = folder_of(tmp_path / "base", ["5", "2", "3"])
     rows = [{"id": "0", "responses": [{"answer": "7"}, {"answer": "5"}, {"answer": "5"}]},

@@ -581,7 +581,7 @@ def budget_curve(results, plt):
     axis.set_xticks(budgets, [f"{n:,}" for n in budgets])
     axis.minorticks_off()
     axis.grid(alpha=0.3)
-    axis.legend()
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 

@@ -1,7 +1,7 @@
 """Algorithms and rewards beside each other: same SFT student, same responses, same updates.
 
     python bench/compare.py algorithms --small               every arm, a minute or so each
-    python bench/compare.py algorithms --seeds 21,22,23      full size; 2 to 5 minutes an arm
+    python bench/compare.py algorithms --seeds 21,22,23      full size; 3 to 12 minutes an arm
     python bench/compare.py budget                           fewer questions asked of the teacher
     python bench/compare.py noise                            wrong votes
     python bench/compare.py data                             what the reward model learns from
@@ -44,7 +44,7 @@ from nanodistill import files, process, run, weights
 from nanodistill.model import ScalarModel
 from nanodistill.reward import score_sequences
 from nanodistill.tokenizer import Tokenizer
-from nanodistill.vote import plurality, together
+from nanodistill.vote import Vote, labels, plurality, together
 
 
 SMALL = ["--teacher.questions", "2000", "--steps", "20", "--prompts", "256",
@@ -221,12 +221,12 @@ def vote_of_both(folder, base):
     """change: the vote of teacher and student, as --rm-votes both takes it, is labels.jsonl's."""
     said = {row["id"]: [r["answer"] for r in row["responses"]]
             for row in files.read_jsonl(base / "teacher.jsonl")}
-    again = {row["id"]: together(said[row["id"]], [r["answer"] for r in row["responses"]]).answer
-             for row in files.read_jsonl(base / "student.jsonl")}
+    votes = {id_: Vote(None, 0.0, 0) for id_ in said}             # the student may not be asked all
+    votes |= {row["id"]: together(said[row["id"]], [r["answer"] for r in row["responses"]])
+              for row in files.read_jsonl(base / "student.jsonl")}
     write_rows(folder / "labels.jsonl", [
-        {**row, "vote": again.get(row["id"]),
-         "labels": [a == again.get(row["id"]) for a in said[row["id"]]]}
-        for row in files.read_jsonl(base / "labels.jsonl")])
+        {"id": id_, "vote": vote.answer, "agreement": vote.agreement, "n": vote.n,
+         "labels": labels(said[id_], vote)} for id_, vote in votes.items()])
 
 
 # ---- arms of train_sft.py: what is done with as many responses without RL ----
@@ -476,16 +476,20 @@ def seconds_of(folder, stages):
                for row in run.read_metrics(folder, stage).values() if "seconds" in row)
 
 
+def samples_of(arm, folder):
+    """The file of eval.py's samples of what an arm made."""
+    path, = (folder / "samples").glob({"rl": "rl.jsonl", "sft": "sft-*.jsonl"}[arm.model])
+    return path
+
+
 def figures(arm, seeds):
     """Of an arm in the `seeds` where it is finished: {seed: (its folder, its base's folder)}."""
     by_seed, gains, groups = {}, {"greedy": [], "mean": [], "pass": []}, {}
     for seed, (folder, base) in seeds.items():
         gold = task_of(base)[0].gold("test")
-        path = folder / "samples" / "rl.jsonl"
-        if arm.model == "sft":
-            path, = (folder / "samples").glob("sft-*.jsonl")
         ours, sft, teacher = (judged(p, gold) for p in (
-            path, base / "samples" / "sft.jsonl", base / "samples" / "teacher.jsonl"))
+            samples_of(arm, folder), base / "samples" / "sft.jsonl",
+            base / "samples" / "teacher.jsonl"))
         for key in gains:
             gains[key].append(np.array([ours[key][id_] - sft[key][id_] for id_ in ours[key]]))
         for id_, answers in teacher["answers"].items():
@@ -509,6 +513,11 @@ def figures(arm, seeds):
                 for name, rows in groups.items()}}
 
 
+def points(estimate):
+    mean, half = (100 * x for x in estimate)
+    return f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})"
+
+
 def table(results):
     """Markdown: a row per arm."""
     def mean(result, key):
@@ -518,13 +527,30 @@ def table(results):
     lines = ["| arm | seeds | greedy | - SFT, points | mean@8 - SFT | pass@8 - SFT | KL | score "
              "| seconds |", "|" + "---|" * 9]
     for result in results.values():
-        gains = [f"{100 * m:+.1f} ({100 * (m - half):+.1f} to {100 * (m + half):+.1f})"
-                 for m, half in result["gain"].values()]
+        gains = map(points, result["gain"].values())
         lines.append("| " + " | ".join([
             result["what"], str(len(result["seeds"])), f"{mean(result, 'greedy'):.1%}", *gains,
             f"{mean(result, 'kl'):.2f}", f"{mean(result, 'score'):.2f}",
             f"{mean(result, 'seconds'):.0f}"]) + " |")
     return "\n".join(lines).replace("nan", "")
+
+
+def table_of_pairs(arms, there, other):
+    """Markdown: each arm less the arm `other` on the same questions of the same seeds. there:
+    {arm's name: {seed: (its folder, its base's folder)}}."""
+    lines = [f"| less {arms[other].what} | seeds | greedy, points | mean@8 |", "|" + "---|" * 4]
+    for name in [name for name in there if name != other]:
+        found = {"greedy": [], "mean": []}
+        for seed in there[name].keys() & there[other].keys():
+            gold = task_of(there[name][seed][0])[0].gold("test")
+            ours, its = (judged(samples_of(arms[a], there[a][seed][0]), gold)
+                         for a in (name, other))
+            for key, rows in found.items():
+                rows.append(np.array([ours[key][id_] - its[key][id_] for id_ in ours[key]]))
+        if found["mean"]:
+            lines.append(f"| {arms[name].what} | {len(found['mean'])} | "
+                         + " | ".join(map(points, map(interval, found.values()))) + " |")
+    return "\n".join(lines)
 
 
 def table_of_groups(results):
@@ -638,6 +664,7 @@ def main():
     parser.add_argument("what", choices=[*ARMS], help="the arms")
     parser.add_argument("--seeds", default="21", help="with commas between them")
     parser.add_argument("--arms", default="", help="of these names alone, with commas between them")
+    parser.add_argument("--against", default="", help="one of them: a table of all less this one")
     parser.add_argument("--small", action="store_true", help="a third of the questions, 20 steps "
                         "of 256 responses, 500 test questions")
     parser.add_argument("--rate", default="5e-4", help="of the arms of SFT alone")
@@ -670,12 +697,12 @@ def main():
             sys.exit(f"{name}, seed {seed} ended with {done.returncode}; the same command goes on")
 
     # ---- the table and the picture, of all that lies there ----
-    results = {}
-    for name, arm in arms.items():
-        there = {int(path.name[5:]): (path / name, path / (arm.base or name))
-                 for path in sorted(root.glob("seed-*")) if (path / name / "report.json").exists()}
-        if there and arm.model:
-            results[name] = figures(arm, there)
+    there = {name: {int(path.name[5:]): (path / name, path / (arm.base or name))
+                    for path in sorted(root.glob("seed-*"))
+                    if (path / name / "report.json").exists()}
+             for name, arm in arms.items() if arm.model}
+    there = {name: seeds for name, seeds in there.items() if seeds}
+    results = {name: figures(arms[name], seeds) for name, seeds in there.items()}
     extra = {}
     if args.picture:
         import matplotlib
@@ -688,6 +715,8 @@ def main():
         figure.savefig(args.picture, dpi=110)
     files.write_atomic(root / f"{args.what}.json", json.dumps({**results, **extra}, indent=1))
     print(table(results), table_of_groups(results), sep="\n\n")
+    if args.against in there:
+        print("", table_of_pairs(arms, there, args.against), sep="\n")
 
 
 if __name__ == "__main__":

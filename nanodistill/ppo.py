@@ -81,8 +81,9 @@ def group_advantages(rewards, mask, samples, kind, scores=None):
 
     The `samples` responses of a question, at least 2, lie beside each other. "rloo" (arXiv
     2402.14740): the reward less the mean of the others; "grpo" (2402.03300): less the mean of all,
-    and what of it is the question's `scores` (B,) over their standard deviation. The rest, the KL,
-    is not divided: where scores are nearly alike it would be all that is left. None: all is score.
+    of which the part that is the `scores` (B,) is divided by their standard deviation within the
+    question; None: all of it. The rest, the KL, is not: where scores are nearly alike it would be
+    all that is left.
     """
     totals = rewards.masked_fill(~mask, 0).sum(dim=1).view(-1, samples)       # (questions, samples)
     centred = totals - totals.mean(dim=1, keepdim=True)

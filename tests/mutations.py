@@ -39,6 +39,7 @@ TABLE = [Mutation(*entry) for entry in [
     # SFT.
     ("no-eos", SFT, " + [tokenizer.eos_ids[0]]", "", "meaning"),
     ("sft-on-all-responses", SFT, " if label}", "}", "meaning"),
+    ("sft-ends-without-evaluation", SFT, " or step == steps", "", "meaning"),
     ("sft-saves-the-untrained", SFT, "weights.save(model, ",
      "weights.save(weights.load(source, CausalLM), ", "meaning"),
     ("sft-trains-on-held-out", SFT, "held_out if run.held_out(",

@@ -1,5 +1,6 @@
 """bench/compare.py: its intervals, and what an arm is given instead of what the others have."""
 
+import argparse
 import itertools
 import json
 import sys
@@ -84,8 +85,9 @@ def test_wrong_votes_are_what_the_teacher_says_then(tmp_path):
 
 def test_the_vote_of_both_is_by_both_alike(tmp_path):
     """Of "a" the student's two say 5, of the teacher's seven 2; "b" ties; the student was not asked
-    "c"."""
-    rows = {"teacher": {"a": "4444455", "b": "77", "c": "1"}, "student": {"a": "55", "b": "88"}}
+    "c". Where there is no vote no label is, of an answer that is none neither."""
+    rows = {"teacher": {"a": "4444455", "b": ["7", None], "c": "1"},
+            "student": {"a": "55", "b": ["8", None]}}
     for name, said in rows.items():
         compare.write_rows(tmp_path / f"{name}.jsonl", [
             {"id": id_, "responses": [{"answer": a} for a in answers]}
@@ -94,7 +96,7 @@ def test_the_vote_of_both_is_by_both_alike(tmp_path):
         {"id": id_, "vote": answers[0], "labels": []} for id_, answers in rows["teacher"].items()])
     compare.vote_of_both(tmp_path, tmp_path)
     assert {row["id"]: (row["vote"], row["labels"]) for row in rows_of(tmp_path)} == {
-        "a": ("5", [False] * 5 + [True] * 2), "b": (None, [False] * 2), "c": (None, [False])}
+        "a": ("5", [False] * 5 + [True] * 2), "b": (None, [None] * 2), "c": (None, [None])}
 
 
 def test_a_response_is_chosen_by_vote_or_not_at_all(tmp_path):
@@ -131,7 +133,7 @@ def test_arms_named_bring_those_that_they_begin_from():
 
 
 def test_an_arm_computes_with_the_threads_that_it_was_told(tmp_path, monkeypatch):
-    """Two runs beside each other with all threads each took ten times as long to sample."""
+    """Two runs beside each other with all threads each took thirty times as long to sample."""
     seen, before = [], torch.get_num_threads()
     arm = compare.Arm("", lambda folder, base, args: seen.append(
         (torch.get_num_threads(), folder, base)))
@@ -145,6 +147,26 @@ def test_an_arm_computes_with_the_threads_that_it_was_told(tmp_path, monkeypatch
         torch.set_num_threads(before)
     seed = tmp_path / "seed-3"
     assert seen == [(before + 1, seed / "rloo-gold", seed / "ppo-model")]
+
+
+def test_pairs_are_of_the_same_questions_of_the_same_seeds(tmp_path, monkeypatch):
+    """Both have seed 6 alone, and the first of two answers is the greedy one too."""
+    monkeypatch.setattr(compare, "task_of", lambda base: (argparse.Namespace(
+        gold=lambda split: dict.fromkeys("1234", "x")), None))
+    arms = {name: compare.Arm(name, None) for name in "ab"}
+    said = {"a": ["xx", "xy", "yy", "yy"], "b": ["xx", "xx", "xy", "yy"]}
+    there = {}
+    for name, seeds in (("a", (5, 6)), ("b", (6, 7))):
+        there[name] = {seed: (tmp_path / f"{name}{seed}", None) for seed in seeds}
+        for folder, _ in there[name].values():
+            (folder / "samples").mkdir(parents=True)
+            compare.write_rows(folder / "samples" / "rl.jsonl", [{}] + [
+                {"what": f"rl, {what}", "id": id_, "responses": [{"answer": a} for a in answers]}
+                for id_, answers in zip("1234", said[name]) for what in ("greedy", "sampled")])
+    table = compare.table_of_pairs(arms, there, "a").split("\n")
+    # Greedy 0, 0, 1, 0: mean 1/4, variance 3/16. Of both answers 0, 1/2, 1/2, 0: 1/4 and 1/16.
+    assert table[0].startswith("| less a |") and len(table) == 3
+    assert table[2] == "| b | 1 | +25.0 (-17.4 to +67.4) | +25.0 (+0.5 to +49.5) |"
 
 
 def test_shared_samples_cost_what_the_first_arm_waited(tmp_path, monkeypatch):

@@ -514,6 +514,7 @@ def figures(arm, seeds):
 
 
 def points(estimate):
+    """In points, with its interval, what `interval` found."""
     mean, half = (100 * x for x in estimate)
     return f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})"
 
@@ -539,7 +540,7 @@ def table_of_pairs(arms, there, other):
     """Markdown: each arm less the arm `other` on the same questions of the same seeds. there:
     {arm's name: {seed: (its folder, its base's folder)}}."""
     lines = [f"| less {arms[other].what} | seeds | greedy, points | mean@8 |", "|" + "---|" * 4]
-    for name in [name for name in there if name != other]:
+    for name in there:
         found = {"greedy": [], "mean": []}
         for seed in there[name].keys() & there[other].keys():
             gold = task_of(there[name][seed][0])[0].gold("test")
@@ -547,7 +548,7 @@ def table_of_pairs(arms, there, other):
                          for a in (name, other))
             for key, rows in found.items():
                 rows.append(np.array([ours[key][id_] - its[key][id_] for id_ in ours[key]]))
-        if found["mean"]:
+        if name != other and found["mean"]:
             lines.append(f"| {arms[name].what} | {len(found['mean'])} | "
                          + " | ".join(map(points, map(interval, found.values()))) + " |")
     return "\n".join(lines)
@@ -675,10 +676,11 @@ def main():
     args = parser.parse_args()
     root = args.out or Path("out/compare-small" if args.small else "out/compare")
     arms = ARMS[args.what]
-    unknown = {*filter(None, args.arms.split(","))} - arms.keys()
+    named = [*filter(None, [*args.arms.split(","), args.against])]
+    unknown = {*named} - arms.keys()
     if unknown:
-        parser.error(f"--arms {', '.join(sorted(unknown))}: {args.what} has {', '.join(arms)}")
-    arms = needed(arms, args.arms.split(",") if args.arms else arms)
+        parser.error(f"no arm {', '.join(sorted(unknown))}: {args.what} has {', '.join(arms)}")
+    arms = needed(arms, named if args.arms else arms)
     seeds = [int(seed) for seed in args.seeds.split(",")]
     if args.arm:
         args.seed, = seeds

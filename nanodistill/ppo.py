@@ -80,10 +80,10 @@ def group_advantages(rewards, mask, samples, kind, scores=None):
     question, the same at each of its tokens, 0 outside the mask.
 
     The `samples` responses of a question, at least 2, lie beside each other. "rloo" (arXiv
-    2402.14740): the reward less the mean of the others; "grpo" (2402.03300): less the mean of all,
-    of which the part that is the `scores` (B,) is divided by their standard deviation within the
-    question; None: all of it. The rest, the KL, is not: where scores are nearly alike it would be
-    all that is left.
+    2402.14740): the reward less the mean of the others; "grpo" (2402.03300): less the mean of all;
+    what of that is the `scores` (B,), or all where they are None, is divided by their standard
+    deviation within the question. The KL is not: where scores are nearly alike it would be all that
+    is left.
     """
     totals = rewards.masked_fill(~mask, 0).sum(dim=1).view(-1, samples)       # (questions, samples)
     centred = totals - totals.mean(dim=1, keepdim=True)

@@ -111,6 +111,8 @@ TABLE = [Mutation(*entry) for entry in [
     ("grpo-is-rloo", RL, "config.samples, config.algorithm, shaped)",
      'config.samples, "rloo", shaped)',
      "algorithms"),
+    ("grpo-divides-all", RL, "config.algorithm, shaped)", "config.algorithm, rewards.sum(1))",
+     "algorithms"),
     ("rm-where-none-scores", RL, '["rm"] * (config.reward == "model")', '["rm"]', "algorithms"),
     ("reference-is-never-the-teacher", RL, 'teacher or folder / "sft"', 'folder / "sft"',
      "algorithms"),

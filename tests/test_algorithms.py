@@ -121,15 +121,26 @@ def test_every_step_starts_from_the_policy_that_sampled(tmp_path, plain, algorit
 
 
 @pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
-def test_the_kl_term_is_in_the_rewards_of_each_algorithm(tmp_path, plain, algorithm):
+def test_the_kl_term_is_in_the_rewards_of_each_algorithm(tmp_path, plain, monkeypatch, algorithm):
     """Scores are alike: only the drift from the reference tells responses apart, and where the
-    policy is away from it, it comes nearer."""
+    policy is away from it, it comes nearer. It is in the rewards, not in what GRPO divides."""
+    seen = []
+
+    def make(original):
+        def recorded(rewards, mask, samples, kind, scores):
+            seen.append((rewards.sum(1).std().item(), scores.std().item()))
+            return original(rewards, mask, samples, kind, scores)
+        return recorded
+
+    everywhere(monkeypatch, "group_advantages", make)
     folder = ppo_folder(tmp_path / "run", toy_policy(a=3, b=0), toy_reward())
     away = probability(folder / "sft", A)
     teacher = hub_like(tmp_path / "teacher", toy_policy(a=0, b=0))
     plain(folder, *of(algorithm), "--teacher", teacher, "--reference", "teacher", steps=6,
           learning_rate=0.02, kl_coef=1, ppo_epochs=2)
     assert away > 0.9 and probability(folder / "rl", A) < away - 0.2
+    assert len(seen) == 6 and all(of_rewards > 0.1 and of_scores == 0
+                                  for of_rewards, of_scores in seen)
 
 
 @pytest.mark.parametrize("algorithm", ["rloo", "grpo"])

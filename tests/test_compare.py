@@ -92,10 +92,10 @@ def test_the_vote_of_both_is_by_both_alike(tmp_path):
         compare.write_rows(tmp_path / f"{name}.jsonl", [
             {"id": id_, "responses": [{"answer": a} for a in answers]}
             for id_, answers in said.items()])
-    compare.write_rows(tmp_path / "labels.jsonl", [
-        {"id": id_, "vote": answers[0], "labels": []} for id_, answers in rows["teacher"].items()])
-    compare.vote_of_both(tmp_path, tmp_path)
-    assert {row["id"]: (row["vote"], row["labels"]) for row in rows_of(tmp_path)} == {
+    arm = tmp_path / "arm"
+    arm.mkdir()
+    compare.vote_of_both(arm, tmp_path)
+    assert {row["id"]: (row["vote"], row["labels"]) for row in rows_of(arm)} == {
         "a": ("5", [False] * 5 + [True] * 2), "b": (None, [None] * 2), "c": (None, [None])}
 
 
